@@ -1,0 +1,54 @@
+"""Convex duals of attention heads: global optima, and certificates for any trained head."""
+
+from cvxlib.activations import Activation, GatedReLU, Linear
+from cvxlib.certify import certify
+from cvxlib.heads import Head
+from cvxlib.losses import CrossEntropy, Loss, SquaredLoss
+from cvxlib.mixers import (
+    FNO,
+    MLP,
+    BlockFNO,
+    CausalSelfAttention,
+    Convolution,
+    CrossAttention,
+    MLPMixer,
+    Mixer,
+    SelfAttention,
+    circulant_hidden,
+)
+from cvxlib.norms import BlockNuclearNorm
+from cvxlib.programs import ConvexProgram
+from cvxlib.recovery import factor
+from cvxlib.solution import Certificate, Factors, Solution, Status
+from cvxlib.solvers import solve
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FNO",
+    "MLP",
+    "Activation",
+    "BlockFNO",
+    "BlockNuclearNorm",
+    "CausalSelfAttention",
+    "Certificate",
+    "Convolution",
+    "ConvexProgram",
+    "CrossAttention",
+    "CrossEntropy",
+    "Factors",
+    "GatedReLU",
+    "Head",
+    "Linear",
+    "Loss",
+    "MLPMixer",
+    "Mixer",
+    "SelfAttention",
+    "Solution",
+    "SquaredLoss",
+    "Status",
+    "certify",
+    "circulant_hidden",
+    "factor",
+    "solve",
+]

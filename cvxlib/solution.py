@@ -1,0 +1,119 @@
+"""What a solver returns: a status that is a sentence, a certificate, and the factors of the optimum."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from cvxlib.heads import Head
+    from cvxlib.programs import ConvexProgram
+
+
+class Status(enum.StrEnum):
+    """How a solve ended, as a sentence to act on."""
+
+    CERTIFIED = "The certified relative gap is within the tolerance."
+    ITERATION_LIMIT = "The iteration limit was reached first: raise max_iterations or loosen tol."
+    STALLED = "Rounding stopped the progress before the tolerance was met: use float64 or loosen tol."
+    INTERRUPTED = "The solve was interrupted: this is the best certified iterate so far."
+
+
+@dataclass(frozen=True)
+class Certificate:
+    r"""A pair of values between which the global optimum lies.
+
+    .. math:: \text{dual} \le p^\star \le \text{primal}
+
+    Args:
+        primal: objective of the point that is certified; an upper bound on the optimum.
+        dual: Fenchel dual value at a feasible dual point; a lower bound at any iterate.
+        dual_point: (rows, c) the feasible dual point that gives ``dual``.
+        dtype: arithmetic in which both values were computed.
+
+    Source: Fenchel duality; book, chapter "Self-attention".
+    """
+
+    primal: float
+    dual: float
+    dual_point: Tensor | None = field(default=None, repr=False, compare=False)
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def gap(self) -> float:
+        """The absolute gap, primal minus dual."""
+        return self.primal - self.dual
+
+    @property
+    def relative_gap(self) -> float:
+        """The gap over the larger of the two magnitudes."""
+        return self.gap / max(abs(self.primal), abs(self.dual), torch.finfo(self.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Factors:
+    r"""Rank-one terms of the lifted blocks: block ``block[j]`` of the optimum holds ``u[j] vec(v[j])^T``.
+
+    Args:
+        u: (m, \*u-shape) left factors, one head each.
+        v: (m, w, c / B) right factors.
+        block: (m,) index of the lifted block a term belongs to.
+    """
+
+    u: Tensor
+    v: Tensor
+    block: Tensor
+
+    def __len__(self) -> int:
+        return self.u.shape[0]
+
+    @property
+    def norm(self) -> Tensor:
+        r"""The bound :math:`\sum_j \|u_j\| \|V_j\|_F` on the sum of the blocks' nuclear norms."""
+        return (self.u.flatten(1).norm(dim=1) * self.v.flatten(1).norm(dim=1)).sum()
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of :func:`cvxlib.solve`.
+
+    Args:
+        program: the program that was solved.
+        factors: the optimum as rank-one terms.
+        certificate: the interval that holds the global optimum.
+        status: how the solve ended.
+        solver: which solver and which evaluation path were taken, in words.
+        evaluations: how many times the predictions were evaluated.
+        history: (k, 3) evaluations, primal and best dual value at each check of the gap.
+    """
+
+    program: ConvexProgram = field(repr=False)
+    factors: Factors = field(repr=False)
+    certificate: Certificate
+    status: Status
+    solver: str
+    evaluations: int
+    history: Tensor = field(repr=False)
+
+    @property
+    def objective(self) -> float:
+        """The regularised objective at the solution (the certificate's primal value)."""
+        return self.certificate.primal
+
+    @property
+    def rank(self) -> int:
+        """The number of heads of the recovered network."""
+        return len(self.factors)
+
+    @property
+    def lifted(self) -> Tensor:
+        """(K, p, q) the lifted matrices, one per block of the program."""
+        return self.program.lift(self.factors)
+
+    def head(self) -> Head:
+        """The network itself, a :class:`torch.nn.Module`: ``head(tokens)`` gives predictions."""
+        return self.program.head(self.factors)

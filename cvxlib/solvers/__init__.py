@@ -1,0 +1,56 @@
+"""Solvers of convex programs, one file each, behind one door."""
+
+from __future__ import annotations
+
+from cvxlib._checks import instance, positive_float, positive_int, require
+from cvxlib.programs import ConvexProgram
+from cvxlib.solution import Solution
+from cvxlib.solvers import proximal
+
+#: name of a solver, and the function that runs it
+SOLVERS = {"proximal": proximal.solve}
+
+
+def solve(
+    program: ConvexProgram,
+    *,
+    tol: float = 1e-4,
+    max_iterations: int = 20_000,
+    solver: str | None = None,
+    start: Solution | None = None,
+    progress: bool | None = None,
+) -> Solution:
+    r"""Solve a convex program to a certified relative gap.
+
+    .. math:: \frac{\text{primal} - \text{dual}}{\max(|\text{primal}|, |\text{dual}|)} \le \text{tol}
+
+    Ctrl-C ends the solve early with the best certified iterate and the status ``INTERRUPTED``.
+
+    Args:
+        program: what to solve.
+        tol: certified relative gap at which to stop, greater than 0.
+        max_iterations: limit on the evaluations of the predictions.
+        solver: ``"proximal"``; by default the solver is picked for the program.
+        start: a solution of the same program, perhaps at another beta, to start from.
+        progress: show a bar; by default only on a terminal.
+
+    Returns:
+        The solution with its certificate; ``status`` tells how the solve ended.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or range.
+    """
+    instance("program", program, ConvexProgram, "a ConvexProgram")
+    tol = positive_float("tol", tol)
+    max_iterations = positive_int("max_iterations", max_iterations)
+    require(solver is None or solver in SOLVERS, "solver", f"one of {', '.join(map(repr, SOLVERS))} or None", solver)
+    if start is not None:
+        instance("start", start, Solution, "a Solution or None")
+        require(
+            start.program.operator.shape == program.operator.shape,
+            "start",
+            f"a solution with lifted blocks {program.operator.shape}",
+            f"one with lifted blocks {start.program.operator.shape}",
+        )
+    run = SOLVERS[solver or "proximal"]
+    return run(program, tol=tol, max_iterations=max_iterations, start=start, progress=progress)
