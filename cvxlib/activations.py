@@ -25,6 +25,7 @@ class Activation(abc.ABC):
     def masks(self, mixer: Mixer, tokens: Tensor, block: int = 0) -> Tensor:
         """(n, P, a, h) gates on the hidden matrices of one of the mixer's blocks, for that block's tokens (n, s, d)."""
 
+    @abc.abstractmethod
     def check(self, mixer: Mixer) -> None:
         """Raise a ``ValueError`` if this activation does not fit the mixer."""
 
@@ -36,6 +37,9 @@ class Linear(Activation):
 
     def masks(self, mixer: Mixer, tokens: Tensor, block: int = 0) -> Tensor:
         return torch.ones(len(tokens), 1, 1, 1, dtype=torch.bool, device=tokens.device)
+
+    def check(self, mixer: Mixer) -> None:
+        """Every mixer is linear without an activation."""
 
     def __repr__(self) -> str:
         return "Linear()"

@@ -47,7 +47,12 @@ def certify(program: ConvexProgram, head: Head, dual_point: Tensor | None = None
     instance("head", head, Head, "a cvxlib.Head (only heads of this form have the program's dual)")
     require(head.mixer == program.mixer, "head", f"a head of {program.mixer!r}", f"a head of {head.mixer!r}")
     require(head.pool == program.pool, "head", f"pool={program.pool!r}", f"a head with pool={head.pool!r}")
-    require(_same_gates(head.activation, program.activation), "head", "the program's activation, gate for gate", f"{head.activation!r}")
+    require(
+        _same_gates(head.activation, program.activation),
+        "head",
+        "the program's activation, gate for gate",
+        f"{head.activation!r}",
+    )
 
     exact = program.double()
     head = copy.deepcopy(head).to(exact.tokens)
@@ -111,5 +116,7 @@ def lifted_gradient(mixer: Mixer, activation: Activation, tokens: Tensor, dual: 
 
 def _same_gates(one: Activation, other: Activation) -> bool:
     if isinstance(one, GatedReLU) and isinstance(other, GatedReLU):
-        return one.directions.shape == other.directions.shape and torch.equal(one.directions.cpu(), other.directions.cpu())
+        return one.directions.shape == other.directions.shape and torch.equal(
+            one.directions.cpu(), other.directions.cpu()
+        )
     return type(one) is type(other)

@@ -50,7 +50,9 @@ class Head(nn.Module):
         ):
             require(tuple(weight.shape) == shape, name, f"shape {shape}", weight)
         for name, index, count in (("gate", gate, activation.count), ("block", block, mixer.blocks)):
-            require(m == 0 or 0 <= int(index.min()) <= int(index.max()) < count, name, f"indices 0 to {count - 1}", index)
+            require(
+                m == 0 or 0 <= int(index.min()) <= int(index.max()) < count, name, f"indices 0 to {count - 1}", index
+            )
         self.mixer, self.activation, self.pool = mixer, activation, pool
         self.u = nn.Parameter(u.detach().clone())
         self.v = nn.Parameter(v.detach().clone())
@@ -77,7 +79,9 @@ class Head(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         m = positive_int("heads", heads) * activation.count * mixer.blocks
         u = torch.randn(m, *mixer.shape, generator=generator, dtype=torch.float64) * (scale or mixer.p**-0.5)
-        v = torch.randn(m, mixer.width, mixer.block_outputs, generator=generator, dtype=torch.float64) * (scale or mixer.q**-0.5)
+        v = torch.randn(m, mixer.width, mixer.block_outputs, generator=generator, dtype=torch.float64) * (
+            scale or mixer.q**-0.5
+        )
         gate = torch.arange(activation.count).repeat(mixer.blocks * heads)
         block = torch.arange(mixer.blocks).repeat_interleave(activation.count * heads)
         return cls(mixer, activation, u.to(dtype), v.to(dtype), gate, block, pool).to(device)

@@ -51,7 +51,9 @@ def block_design(mixer: Mixer, tokens: Tensor, masks: Tensor, pooled: bool) -> T
     if pooled:
         mean = torch.einsum("ngah,npah->ngph", gates, hidden) / a
         return mean @ values.unsqueeze(1)
-    return torch.stack([((hidden * gate.unsqueeze(1)) @ values.unsqueeze(1)).transpose(1, 2) for gate in gates.unbind(1)], 2)
+    return torch.stack(
+        [((hidden * gate.unsqueeze(1)) @ values.unsqueeze(1)).transpose(1, 2) for gate in gates.unbind(1)], 2
+    )
 
 
 @dataclass(frozen=True)

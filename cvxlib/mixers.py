@@ -91,7 +91,9 @@ class Mixer(abc.ABC):
         tokens = float_tensor("tokens", tokens, ("n", "s", "d"))
         for axis, name, letter in ((1, "tokens", "s"), (2, "features", "d")):
             size = getattr(self, name, tokens.shape[axis])
-            require(tokens.shape[axis] == size, "tokens", f"shape (n, s, d) with {letter} = {size} for {self!r}", tokens)
+            require(
+                tokens.shape[axis] == size, "tokens", f"shape (n, s, d) with {letter} = {size} for {self!r}", tokens
+            )
         return tokens
 
 
@@ -278,7 +280,9 @@ class BlockFNO(Mixer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.features % self.blocks == 0, "blocks", f"a divisor of features = {self.features}", f"{self.blocks}")
+        require(
+            self.features % self.blocks == 0, "blocks", f"a divisor of features = {self.features}", f"{self.blocks}"
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -95,7 +95,9 @@ class ConvexProgram:
         if self.tokens.dtype == torch.float64:
             return self
         targets = self.targets.double() if self.targets.is_floating_point() else self.targets
-        return ConvexProgram(self.mixer, self.activation, self.loss, self.tokens.double(), targets, self.beta, self.pool)
+        return ConvexProgram(
+            self.mixer, self.activation, self.loss, self.tokens.double(), targets, self.beta, self.pool
+        )
 
     # values
 

@@ -40,7 +40,9 @@ def solve(
     history: list[tuple[int, float, float]] = []
     evaluations, status = 1, Status.ITERATION_LIMIT
 
-    bar = tqdm(total=max_iterations, desc="proximal gradient", disable=None if progress is None else not progress, delay=1)
+    bar = tqdm(
+        total=max_iterations, desc="proximal gradient", disable=None if progress is None else not progress, delay=1
+    )
     try:
         while evaluations < max_iterations:
             residual = loss.gradient(ay, rows)
