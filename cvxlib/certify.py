@@ -84,6 +84,7 @@ def dual_norm(program: ConvexProgram, dual: Tensor) -> float:
     return float(max(norms))
 
 
+@torch.enable_grad()
 def lifted_gradient(mixer: Mixer, activation: Activation, tokens: Tensor, dual: Tensor, block: int = 0) -> Tensor:
     r"""The adjoint of the lifted operator of one block, summed over samples.
 

@@ -172,13 +172,13 @@ class ConvexProgram:
 
 
 def _golden_section(function, upper: float, steps: int = 32) -> float:
-    """The maximiser of a concave function on [0, upper]."""
+    """The maximiser on [0, upper] of a concave function, finite near 0 and perhaps minus infinity further out."""
     ratio = (5**0.5 - 1) / 2
     low, high = 0.0, upper
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     at_left, at_right = function(left), function(right)
     for _ in range(steps):
-        if at_left > at_right:
+        if at_left > at_right or at_left == -float("inf"):
             high, right, at_right = right, left, at_left
             left = high - ratio * (high - low)
             at_left = function(left)
