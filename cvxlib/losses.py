@@ -41,6 +41,10 @@ class Loss(abc.ABC):
         r"""(rows,) the conjugate :math:`\ell^*(\rho, y) = \sup_f \langle \rho, f\rangle - \ell(f, y)`; infinite outside its domain."""
 
     @abc.abstractmethod
+    def prox(self, point: Tensor, targets: Tensor, rho: float, start: Tensor | None = None) -> Tensor:
+        r"""(rows, c) the proximal point :math:`\arg\min_f \ell(f, y) + \tfrac\rho2 \|f - v\|^2`, from a starting guess."""
+
+    @abc.abstractmethod
     def hessian_product(self, predictions: Tensor, directions: Tensor) -> Tensor:
         """(rows, c) the Hessian of each row's loss at its predictions, times a direction."""
 
@@ -74,6 +78,9 @@ class SquaredLoss(Loss):
 
     def conjugate(self, dual: Tensor, targets: Tensor) -> Tensor:
         return (dual * (dual / 2 + targets)).sum(-1)
+
+    def prox(self, point: Tensor, targets: Tensor, rho: float, start: Tensor | None = None) -> Tensor:
+        return (targets + rho * point) / (1 + rho)
 
     def hessian_product(self, predictions: Tensor, directions: Tensor) -> Tensor:
         return directions
@@ -111,6 +118,35 @@ class CrossEntropy(Loss):
         inside = (probabilities >= -4 * eps).all(-1) & ((probabilities.sum(-1) - 1).abs() < 4 * eps * dual.shape[-1])
         value = torch.special.entr(probabilities.clamp(min=0)).sum(-1).neg()
         return torch.where(inside, value, torch.inf)
+
+    def prox(self, point: Tensor, targets: Tensor, rho: float, start: Tensor | None = None) -> Tensor:
+        # Newton's method, each row with its own step length; the Hessian is diagonal plus rank one
+        f = point if start is None else start
+
+        def objective(f: Tensor) -> Tensor:
+            return self.value(f, targets) + rho / 2 * (f - point).square().sum(-1)
+
+        value = objective(f)
+        for _ in range(50):
+            gradient = self.gradient(f, targets) + rho * (f - point)
+            if bool(gradient.abs().max() <= 64 * torch.finfo(f.dtype).eps * (1 + rho * point.abs().max())):
+                break
+            p = torch.softmax(f, -1)
+            along, share = gradient / (p + rho), p / (p + rho)
+            tilt = (p * along).sum(-1, keepdim=True) / (1 - (p * share).sum(-1, keepdim=True))
+            step = along + share * tilt
+            slope = (gradient * step).sum(-1)
+            length = torch.ones_like(slope)
+            for _ in range(30):
+                trial = f - length.unsqueeze(-1) * step
+                trial_value = objective(trial)
+                slack = 8 * torch.finfo(f.dtype).eps * (1 + value.abs())
+                short = trial_value > value - length * slope / 4 + slack
+                if not bool(short.any()):
+                    break
+                length = torch.where(short, length / 2, length)
+            f, value = trial, trial_value
+        return f
 
     def hessian_product(self, predictions: Tensor, directions: Tensor) -> Tensor:
         weighted = torch.softmax(predictions, -1) * directions

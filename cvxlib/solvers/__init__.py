@@ -5,10 +5,13 @@ from __future__ import annotations
 from cvxlib._checks import instance, positive_float, positive_int, require
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Solution
-from cvxlib.solvers import proximal
+from cvxlib.solvers import proximal, splitting
 
 #: name of a solver, and the function that runs it
-SOLVERS = {"proximal": proximal.solve}
+SOLVERS = {"splitting": splitting.solve, "proximal": proximal.solve}
+
+#: largest Gram matrix that operator splitting is given to factor
+LARGEST_GRAM = 8192
 
 
 def solve(
@@ -30,7 +33,8 @@ def solve(
         program: what to solve.
         tol: certified relative gap at which to stop, greater than 0.
         max_iterations: limit on the evaluations of the predictions.
-        solver: ``"proximal"``; by default the solver is picked for the program.
+        solver: ``"splitting"`` (few iterations, factors a Gram matrix) or ``"proximal"`` (first order, matrix products only); by
+            default splitting where that matrix is small enough.
         start: a solution of the same program, perhaps at another beta, to start from.
         progress: show a bar; by default only on a terminal.
 
@@ -52,5 +56,12 @@ def solve(
             f"a solution with lifted blocks {program.operator.shape}",
             f"one with lifted blocks {start.program.operator.shape}",
         )
-    run = SOLVERS[solver or "proximal"]
+    run = SOLVERS[solver or _choose(program)]
     return run(program, tol=tol, max_iterations=max_iterations, start=start, progress=progress)
+
+
+def _choose(program: ConvexProgram) -> str:
+    """The solver for a program, by the size of the smaller Gram matrix of its design tensor."""
+    operator = program.operator
+    columns = max(design[0].numel() for design in operator.designs)
+    return "splitting" if min(operator.rows, columns) <= LARGEST_GRAM else "proximal"

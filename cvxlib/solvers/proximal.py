@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from tqdm import tqdm
 
-from cvxlib.certify import certify
 from cvxlib.programs import ConvexProgram
-from cvxlib.recovery import factor
 from cvxlib.solution import Certificate, Solution, Status
+from cvxlib.solvers._finish import finish
 
 CHECK_EVERY = 10
 
@@ -36,8 +35,9 @@ def solve(
     value = program.data_loss(ax) + program.beta * float(penalty)
     y, ay, momentum = x, ax, 1.0
     lipschitz = _first_lipschitz(program)
-    best_dual, best_point = -float("inf"), None
-    history: list[tuple[int, float, float]] = []
+    residual = loss.gradient(ax, rows)
+    best_dual, best_point = program.feasible_dual(residual, float(program.norm.dual(program.gradient(ax))))
+    history = [(1, value, best_dual)]
     evaluations, status = 1, Status.ITERATION_LIMIT
 
     bar = tqdm(
@@ -47,7 +47,7 @@ def solve(
         while evaluations < max_iterations:
             residual = loss.gradient(ay, rows)
             gradient = operator.adjoint(residual) / n
-            if len(history) == 0 or evaluations >= history[-1][0] + CHECK_EVERY:
+            if evaluations >= history[-1][0] + CHECK_EVERY:
                 # the residual at any point gives a feasible dual point, so the one at y serves x as well
                 dual, point = program.feasible_dual(residual, float(program.norm.dual(gradient)))
                 if dual > best_dual:
@@ -88,22 +88,10 @@ def solve(
     finally:
         bar.close()
 
-    factors = factor(program.mixer, x)
+    k, p, q = operator.shape
+    name = f"proximal gradient on {k} blocks of {p} x {q}, design tensor of {operator.rows} rows"
     certificate = Certificate(value, best_dual, best_point, x.dtype)
-    if x.dtype != torch.float64 or best_point is None:
-        # iterated in single precision, or interrupted before the first check: certify the result in double
-        certificate = certify(program, program.head(factors), best_point)
-        if status is Status.CERTIFIED and certificate.relative_gap > tol:
-            status = Status.STALLED
-    return Solution(
-        program=program,
-        factors=factors,
-        certificate=certificate,
-        status=status,
-        solver=f"proximal gradient on {operator.shape[0]} blocks of {operator.shape[1]} x {operator.shape[2]}, design tensor",
-        evaluations=evaluations,
-        history=torch.tensor(history, dtype=torch.float64),
-    )
+    return finish(program, x, certificate, status, name, evaluations, history, tol)
 
 
 def _first_lipschitz(program: ConvexProgram) -> float:

@@ -1,0 +1,38 @@
+"""What every solver does last: factor the best iterate, and certify it in double precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cvxlib.certify import certify
+from cvxlib.programs import ConvexProgram
+from cvxlib.recovery import factor
+from cvxlib.solution import Certificate, Solution, Status
+
+
+def finish(
+    program: ConvexProgram,
+    best: Tensor,
+    certificate: Certificate,
+    status: Status,
+    solver: str,
+    evaluations: int,
+    history: list[tuple[int, float, float]],
+    tol: float,
+) -> Solution:
+    """The solution at the best lifted iterate (K, p, q); one iterated in float32 is audited in float64."""
+    factors = factor(program.mixer, best)
+    if best.dtype != torch.float64:
+        certificate = certify(program, program.head(factors), certificate.dual_point)
+        if status is Status.CERTIFIED and certificate.relative_gap > tol:
+            status = Status.STALLED
+    return Solution(
+        program=program,
+        factors=factors,
+        certificate=certificate,
+        status=status,
+        solver=solver,
+        evaluations=evaluations,
+        history=torch.tensor(history, dtype=torch.float64).reshape(-1, 3),
+    )
