@@ -1,6 +1,6 @@
 """Convex duals of attention heads: global optima, and certificates for any trained head."""
 
-from cvxlib.activations import Activation, GatedReLU, Linear
+from cvxlib.activations import Activation, GatedReLU, Linear, ReLU
 from cvxlib.certify import certify
 from cvxlib.heads import Head
 from cvxlib.losses import CrossEntropy, Loss, SquaredLoss
@@ -43,6 +43,7 @@ __all__ = [
     "Loss",
     "MLPMixer",
     "Mixer",
+    "ReLU",
     "SelfAttention",
     "Solution",
     "SquaredLoss",

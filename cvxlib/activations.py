@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cvxlib._checks import FLOATS, instance, positive_int, require, wrong_type
+from cvxlib.arrangements import enumerate_patterns, lifted_rows
 from cvxlib.mixers import Mixer
 
 
@@ -24,6 +25,14 @@ class Activation(abc.ABC):
     @abc.abstractmethod
     def masks(self, mixer: Mixer, tokens: Tensor, block: int = 0) -> Tensor:
         """(n, P, a, h) gates on the hidden matrices of one of the mixer's blocks, for that block's tokens (n, s, d)."""
+
+    def apply(self, mixer: Mixer, tokens: Tensor, hidden: Tensor, gate: Tensor, block: int = 0) -> Tensor:
+        """(n, m, a, h) what passes of the hidden matrices of m neurons of a block, neuron j through ``gate[j]``."""
+        return hidden * self.masks(mixer, tokens, block)[:, gate]
+
+    def gates(self, mixer: Mixer, tokens: Tensor) -> Activation:
+        """The gates of the convex program on tokens (n, s, d)."""
+        return self
 
     @abc.abstractmethod
     def check(self, mixer: Mixer) -> None:
@@ -104,3 +113,57 @@ class GatedReLU(Activation):
 
     def __repr__(self) -> str:
         return f"GatedReLU(directions of shape {tuple(self.directions.shape)})"
+
+
+class ReLU(Activation):
+    r"""ReLU, :math:`\sigma(z) = \max(z, 0)`: every neuron opens its own gates.
+
+    The convex program has one gate for every sign pattern that the data allow, and a norm that keeps u inside the pattern's cone
+    (:class:`cvxlib.norms.BlockConeNorm`).
+
+    Args:
+        limit: largest number of sign patterns to enumerate; with more, the certificate falls back on a bound that needs no pattern.
+
+    Source: Pilanci and Ergen 2020; Sahiner et al. 2022, section 3; book, chapter "ReLU and its cones".
+    """
+
+    count = 1
+
+    def __init__(self, limit: int = 10_000) -> None:
+        self.limit = positive_int("limit", limit)
+
+    def check(self, mixer: Mixer) -> None:
+        """Every mixer takes a ReLU."""
+
+    def masks(self, mixer: Mixer, tokens: Tensor, block: int = 0) -> Tensor:
+        raise TypeError(
+            "activation: expected one with fixed gates; the gates of a ReLU follow from each u (see ReLU.gates)"
+        )
+
+    def apply(self, mixer: Mixer, tokens: Tensor, hidden: Tensor, gate: Tensor, block: int = 0) -> Tensor:
+        return hidden.relu()
+
+    def gates(self, mixer: Mixer, tokens: Tensor) -> GatedReLU:
+        """Gated ReLU with one direction inside every cone that tokens (n, s, d) allow: all sign patterns.
+
+        Raises:
+            ValueError: there are more patterns than ``limit``.
+        """
+        directions = []
+        for seen in mixer.split(tokens):
+            found = enumerate_patterns(lifted_rows(mixer, seen.double()), self.limit)
+            require(
+                found.complete,
+                "activation",
+                "a ReLU with few enough sign patterns on these tokens",
+                f"more than {self.limit}",
+            )
+            directions.append(found.directions.unflatten(1, mixer.shape))
+        if mixer.blocks == 1:
+            return GatedReLU(directions[0])
+        longest = max(map(len, directions))  # blocks with fewer patterns repeat their last one
+        padded = [torch.cat([d, d[-1:].expand(longest - len(d), *mixer.shape)]) for d in directions]
+        return GatedReLU(torch.stack(padded, 1))
+
+    def __repr__(self) -> str:
+        return "ReLU()"

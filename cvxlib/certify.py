@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cvxlib._checks import instance, require
-from cvxlib.activations import Activation, GatedReLU
+from cvxlib.activations import Activation, GatedReLU, ReLU
 from cvxlib.heads import Head
 from cvxlib.lifting import chunks
 from cvxlib.mixers import Mixer
@@ -75,13 +75,17 @@ def predict(head: Head, tokens: Tensor) -> Tensor:
 
 def dual_norm(program: ConvexProgram, dual: Tensor) -> float:
     r"""The dual norm :math:`\max_k \|\tfrac1n A_k^*\rho\|_2` of a point (rows, c), by the adjoint that autograd gives."""
-    mixer, norms = program.mixer, []
+    if not program.enumerated:
+        return program.dual_norm(dual)
+    mixer, gradients = program.mixer, []
     per_sample = dual.reshape(program.samples, -1, mixer.outputs)  # (n, 1 or a, c)
     for b, seen in enumerate(mixer.split(program.tokens)):
         columns = slice(b * mixer.block_outputs, (b + 1) * mixer.block_outputs)
-        gradient = lifted_gradient(mixer, program.activation, seen, per_sample[..., columns], b)
-        norms.append(program.norm.dual(gradient) / program.samples)
-    return float(max(norms))
+        gradient = lifted_gradient(mixer, program.gates, seen, per_sample[..., columns], b)
+        if isinstance(program.activation, ReLU):  # patterns that never open have neither gradient nor cone
+            gradient = gradient[program.operator.gate[program.operator.block == b]]
+        gradients.append(gradient)
+    return float(program.norm.dual(torch.cat(gradients))) / program.samples
 
 
 @torch.enable_grad()

@@ -94,8 +94,8 @@ class Head(nn.Module):
         outputs = []
         for b, seen in enumerate(self.mixer.split(tokens)):
             mine = (self.block == b).nonzero().squeeze(1)
-            masks = self.activation.masks(self.mixer, seen, b)[:, self.gate[mine]]
-            hidden = self.mixer.hidden(seen, self.u[mine]) * masks  # (n, m, a, h)
+            hidden = self.mixer.hidden(seen, self.u[mine])  # (n, m, a, h)
+            hidden = self.activation.apply(self.mixer, seen, hidden, self.gate[mine], b)
             projected = self.mixer.values(seen).unsqueeze(1) @ self.v[mine]  # (n, m, h, c / B)
             if self.pool:
                 hidden = hidden.mean(2, keepdim=True)

@@ -1,12 +1,16 @@
-r"""The block nuclear norm: value, proximal operator, dual norm.
+r"""The norms that weight decay becomes: the block nuclear norm, and for ReLU its cone-constrained sibling.
 
 Blocks are stacked: ``z`` is ``(K, p, q)`` and the norm is :math:`\sum_k \|Z_k\|_*`.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from cvxlib.arrangements import hyperplanes
+from cvxlib.cones import NODES, Bounds, dual_norm, facets, nuclear_norm
 
 
 class BlockNuclearNorm:
@@ -48,3 +52,101 @@ class BlockNuclearNorm:
         u, sigma, vh = torch.linalg.svd(z, full_matrices=False)
         sigma = (sigma - threshold).clamp(min=0)
         return (u * sigma.unsqueeze(-2)) @ vh, sigma.sum()
+
+
+class BlockConeNorm:
+    r"""The sum of the cone-constrained nuclear norms of stacked blocks, :math:`N(Z) = \sum_k \|Z_k\|_{C_k,*}`.
+
+    Block k may only be built from :math:`u v^\top` with u in the cone :math:`C_k` on which the stacked data have the signs that its
+    direction gives them. Values are upper bounds, which are exact where the search over a cone could be completed.
+
+    Args:
+        rows: for each block b of the mixer, its stacked data (R_b, p).
+        directions: (K, p) a direction inside each cone.
+        block: (K,) the mixer's block that each lifted block belongs to.
+        nodes: limit on the faces of one cone that a search may open.
+
+    Source: Sahiner et al. 2022, section 3; book, chapter "ReLU and its cones".
+    """
+
+    def __init__(self, rows: list[Tensor], directions: Tensor, block: Tensor, nodes: int = NODES) -> None:
+        self._planes = [hyperplanes(part) for part in rows]
+        self.block = block.tolist()
+        self._directions = directions.detach().double().cpu().numpy()
+        self._cones: dict[int, np.ndarray] = {}
+        self.nodes = nodes
+
+    def cone(self, k: int) -> np.ndarray:
+        """(f, p) the facets of the cone of lifted block k: unit rows of which none is implied by the others."""
+        return self._facets(k) @ self._basis(k)
+
+    def direction(self, k: int) -> np.ndarray:
+        """(p,) the direction inside the cone of lifted block k."""
+        return self._directions[k]
+
+    def locate(self, u: Tensor, block: Tensor) -> Tensor:
+        """(m,) the lifted blocks in whose cones the vectors (m, p), of the given mixer's blocks (m,), lie (or come closest to lying)."""
+        found = []
+        for vector, b in zip(u.detach().double().cpu().numpy(), block.tolist(), strict=True):
+            normals, basis = self._planes[b]
+            mine = [k for k, owner in enumerate(self.block) if owner == b]
+            signs = np.sign(self._directions[mine] @ basis.T @ normals.T)
+            found.append(mine[int((signs * (normals @ (basis @ vector))).min(1).argmax())])
+        return torch.tensor(found, dtype=torch.long, device=u.device)
+
+    def value(self, z: Tensor) -> Tensor:
+        """An upper bound on the norm of (K, p, q) blocks, a scalar; :meth:`bounds` gives both sides."""
+        return z.new_tensor(self.bounds(z).upper)
+
+    def bounds(self, z: Tensor, tol: float = 1e-6) -> Bounds:
+        """The norm of (K, p, q) blocks from both sides."""
+        lower = upper = 0.0
+        for k, matrix in enumerate(z.detach().double().cpu().numpy()):
+            if np.abs(matrix).max() > 0:
+                inside = self._basis(k) @ matrix
+                outside = np.linalg.norm(matrix - self._basis(k).T @ inside)
+                part = nuclear_norm(inside, self._facets(k), tol=tol)
+                # what no row sees is free of the cone: it can only add to the norm
+                lower, upper = lower + part.lower, upper + part.upper + outside * min(matrix.shape) ** 0.5
+        return Bounds(lower, upper)
+
+    def dual(self, g: Tensor) -> Tensor:
+        """An upper bound on the dual norm of (K, p, q) blocks, a scalar."""
+        return g.new_tensor(self.search(g)[0].upper)
+
+    def search(
+        self, g: Tensor, threshold: float = 0.0
+    ) -> tuple[Bounds, list[tuple[float, int, np.ndarray, np.ndarray]]]:
+        r"""The dual norm :math:`\max_k \max \{u^\top G_k v : u \in C_k\}` from both sides, and the linear oracle.
+
+        Args:
+            g: (K, p, q) blocks.
+            threshold: what the oracle is asked to exceed.
+
+        Returns:
+            the bounds, and a list of (value, k, u, v) with the best term of each block searched whose value exceeds the threshold,
+            largest first.
+        """
+        matrices = g.detach().double().cpu().numpy()
+        spectral = np.linalg.norm(matrices, 2, axis=(1, 2)) if len(matrices) else np.zeros(0)
+        best, upper, terms = 0.0, 0.0, []
+        for k in np.argsort(-spectral):
+            if spectral[k] <= max(best, np.finfo(float).tiny):
+                break
+            basis = self._basis(k)
+            found = dual_norm(basis @ matrices[k], self._facets(k), floor=best, nodes=self.nodes)
+            upper = max(upper, min(found.upper, float(spectral[k])))
+            if found.u is not None:
+                best = max(best, found.lower)
+                if found.lower > threshold:
+                    terms.append((found.lower, int(k), basis.T @ found.u, found.v))
+        return Bounds(best, max(upper, best)), sorted(terms, key=lambda term: -term[0])
+
+    def _basis(self, k: int) -> np.ndarray:
+        return self._planes[self.block[k]][1]
+
+    def _facets(self, k: int) -> np.ndarray:
+        if k not in self._cones:
+            normals, basis = self._planes[self.block[k]]
+            self._cones[k] = facets(np.sign(normals @ (basis @ self._directions[k]))[:, None] * normals)
+        return self._cones[k]

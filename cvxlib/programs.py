@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from cvxlib._checks import instance, positive_float, require
-from cvxlib.activations import Activation
+from cvxlib.activations import Activation, ReLU
+from cvxlib.arrangements import lifted_rows, lifted_weights
+from cvxlib.cones import any_pattern_bound
 from cvxlib.heads import Head
 from cvxlib.lifting import LiftedOperator
 from cvxlib.losses import Loss
 from cvxlib.mixers import Mixer
-from cvxlib.norms import BlockNuclearNorm
+from cvxlib.norms import BlockConeNorm, BlockNuclearNorm
 from cvxlib.solution import Certificate, Factors
 
 
@@ -41,8 +43,6 @@ class ConvexProgram:
 
     Source: Sahiner et al. 2022, Theorem 3.1 and section 4; book, chapter "Self-attention".
     """
-
-    norm = BlockNuclearNorm()
 
     def __init__(
         self,
@@ -82,7 +82,33 @@ class ConvexProgram:
     @functools.cached_property
     def operator(self) -> LiftedOperator:
         """The lifted linear operator, built once."""
-        return LiftedOperator.build(self.mixer, self.activation, self.tokens, pooled=self.pool == "mean")
+        return LiftedOperator.build(self.mixer, self.gates, self.tokens, pooled=self.pool == "mean")
+
+    @functools.cached_property
+    def gates(self) -> Activation:
+        """The fixed gates: the activation's own, and for ReLU those of all sign patterns (``ValueError`` where these are too many)."""
+        return self.activation.gates(self.mixer, self.tokens)
+
+    @functools.cached_property
+    def enumerated(self) -> bool:
+        """Whether the gates are finitely many and known; false for a ReLU with more sign patterns than its limit."""
+        try:
+            return self.gates is not None
+        except ValueError:
+            return False
+
+    @functools.cached_property
+    def norm(self) -> BlockNuclearNorm | BlockConeNorm:
+        """The norm of the lifted blocks that the weight decay becomes."""
+        if not isinstance(self.activation, ReLU):
+            return BlockNuclearNorm()
+        rows = [lifted_rows(self.mixer, seen.double()) for seen in self.mixer.split(self.tokens)]
+        directions = self.gates.directions.reshape(self.gates.count, self.mixer.blocks, self.mixer.p)
+        return BlockConeNorm(rows, directions[self.operator.gate, self.operator.block], self.operator.block)
+
+    def relaxation(self) -> ConvexProgram:
+        """The same program without the cones: for ReLU, gated ReLU over all sign patterns, whose optimum is a lower bound."""
+        return ConvexProgram(self.mixer, self.gates, self.loss, self.tokens, self.targets, self.beta, self.pool)
 
     def with_beta(self, beta: float) -> ConvexProgram:
         """The same program at another weight decay, sharing everything already computed."""
@@ -115,10 +141,26 @@ class ConvexProgram:
 
     def beta_max(self) -> float:
         r"""The smallest beta whose solution is 0, :math:`\max_k \|\nabla_k F(0)\|_2`."""
-        zero = self.operator.designs[0].new_zeros(self.operator.rows, self.mixer.outputs)
-        return float(self.norm.dual(self.gradient(zero)))
+        zero = self.tokens.new_zeros(len(self.rows), self.mixer.outputs)
+        return self.dual_norm(self.loss.gradient(zero, self.rows))
 
     # duality
+
+    def dual_norm(self, point: Tensor) -> float:
+        r"""The dual norm :math:`\max_k \|\tfrac1n A_k^*\rho\|_\circ` of a point (rows, c); for ReLU an upper bound on it.
+
+        The bound is exact where every cone could be searched through, and needs no pattern where they cannot be enumerated.
+        """
+        if self.enumerated:
+            return float(self.norm.dual(self.operator.adjoint(point))) / self.samples
+        per_sample = point.reshape(self.samples, -1, self.mixer.blocks, self.mixer.block_outputs).double().cpu()
+        bounds = [
+            any_pattern_bound(
+                lifted_rows(self.mixer, seen).numpy(), lifted_weights(self.mixer, seen, per_sample[:, :, b]).numpy()
+            )
+            for b, seen in enumerate(self.mixer.split(self.tokens.double().cpu()))
+        ]
+        return max(bounds) / self.samples
 
     def dual_value(self, point: Tensor) -> float:
         r"""The dual objective :math:`-\tfrac1n \sum_i \ell^*(\rho_i, y_i)` at a point (rows, c); a lower bound where it is feasible."""
@@ -146,8 +188,7 @@ class ConvexProgram:
         """The interval that lifted blocks (K, p, q) and their residual certify."""
         predictions = self.operator.forward(z)
         residual = self.loss.gradient(predictions, self.rows)
-        spectral = float(self.norm.dual(self.operator.adjoint(residual))) / self.samples
-        dual, point = self.feasible_dual(residual, spectral)
+        dual, point = self.feasible_dual(residual, self.dual_norm(residual))
         primal = self.data_loss(predictions) + self.beta * float(self.norm.value(z))
         return Certificate(primal, dual, point, z.dtype)
 
@@ -156,11 +197,17 @@ class ConvexProgram:
     def lift(self, factors: Factors) -> Tensor:
         """(K, p, q) the lifted blocks of rank-one terms."""
         terms = factors.u.flatten(1).unsqueeze(2) * factors.v.flatten(1).unsqueeze(1)
-        return self.operator.zeros().index_add_(0, factors.block, terms)
+        block = factors.block
+        if isinstance(self.activation, ReLU):
+            block = self.norm.locate(factors.u.flatten(1), block)
+        return self.operator.zeros().index_add_(0, block, terms)
 
     def head(self, factors: Factors) -> Head:
         """The network whose heads are the rank-one terms."""
-        gate, block = self.operator.gate[factors.block], self.operator.block[factors.block]
+        if isinstance(self.activation, ReLU):
+            gate, block = torch.zeros_like(factors.block), factors.block
+        else:
+            gate, block = self.operator.gate[factors.block], self.operator.block[factors.block]
         return Head(self.mixer, self.activation, factors.u, factors.v, gate, block, pool=self.pool)
 
     def __repr__(self) -> str:

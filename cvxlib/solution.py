@@ -20,6 +20,11 @@ class Status(enum.StrEnum):
     CERTIFIED = "The certified relative gap is within the tolerance."
     ITERATION_LIMIT = "The iteration limit was reached first: raise max_iterations or loosen tol."
     STALLED = "Rounding stopped the progress before the tolerance was met: use float64 or loosen tol."
+    EXACT = "Exact: all cones were searched, and both bounds agree within the tolerance."
+    INTERVAL = "Interval: all cones were searched, but no network was found that meets the lower bound; raise max_iterations or loosen tol."
+    INTERVAL_CONES = "Interval: the search through some cone stopped at its limit of faces, so the lower bound is not tight."
+    INTERVAL_PATTERNS = "Interval: more sign patterns than ReLU's limit, so the lower bound is one that holds for any pattern."
+    UPPER_BOUND = "Upper bound only: the lower bound says no more than that the loss is not negative."
     INTERRUPTED = "The solve was interrupted: this is the best certified iterate so far."
 
 
@@ -61,7 +66,7 @@ class Factors:
     Args:
         u: (m, \*u-shape) left factors, one head each.
         v: (m, w, c / B) right factors.
-        block: (m,) index of the lifted block a term belongs to.
+        block: (m,) index of the lifted block a term belongs to; for ReLU, whose pattern follows from u, of the mixer's block.
     """
 
     u: Tensor

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from cvxlib._checks import instance, positive_float, positive_int, require
+from cvxlib.activations import ReLU
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Solution
-from cvxlib.solvers import proximal, splitting
+from cvxlib.solvers import proximal, relu, splitting
 
 #: name of a solver, and the function that runs it
-SOLVERS = {"splitting": splitting.solve, "proximal": proximal.solve}
+SOLVERS = {"splitting": splitting.solve, "proximal": proximal.solve, "relu": relu.solve}
 
 #: largest Gram matrix that operator splitting is given to factor
 LARGEST_GRAM = 8192
@@ -34,7 +35,7 @@ def solve(
         tol: certified relative gap at which to stop, greater than 0.
         max_iterations: limit on the evaluations of the predictions.
         solver: ``"splitting"`` (few iterations, factors a Gram matrix) or ``"proximal"`` (first order, matrix products only); by
-            default splitting where that matrix is small enough.
+            default splitting where that matrix is small enough. ``"relu"`` (column generation over cones) is for ReLU, and only it.
         start: a solution of the same program, perhaps at another beta, to start from.
         progress: show a bar; by default only on a terminal.
 
@@ -48,8 +49,22 @@ def solve(
     tol = positive_float("tol", tol)
     max_iterations = positive_int("max_iterations", max_iterations)
     require(solver is None or solver in SOLVERS, "solver", f"one of {', '.join(map(repr, SOLVERS))} or None", solver)
+    cones = isinstance(program.activation, ReLU)
+    require(
+        solver is None or cones == (solver == "relu"),
+        "solver",
+        "'relu' for ReLU(), and another for fixed gates",
+        solver,
+    )
     if start is not None:
         instance("start", start, Solution, "a Solution or None")
+        require(
+            cones == isinstance(start.program.activation, ReLU),
+            "start",
+            f"one with {program.activation!r}",
+            f"one with {start.program.activation!r}",
+        )
+    if start is not None and not cones:
         require(
             start.program.operator.shape == program.operator.shape,
             "start",
@@ -61,7 +76,9 @@ def solve(
 
 
 def _choose(program: ConvexProgram) -> str:
-    """The solver for a program, by the size of the smaller Gram matrix of its design tensor."""
+    """The solver for a program, by its activation and the size of the smaller Gram matrix of its design tensor."""
+    if isinstance(program.activation, ReLU):
+        return "relu"
     operator = program.operator
     columns = max(design[0].numel() for design in operator.designs)
     return "splitting" if min(operator.rows, columns) <= LARGEST_GRAM else "proximal"

@@ -1,0 +1,317 @@
+r"""ReLU programs: column generation over the cones of the arrangement, with a bound from both sides at every round.
+
+A network is trained, polished inside the cones its neurons lie in (a smooth problem with linear constraints), and given the neurons that
+the linear oracle of the cone-constrained norm finds to violate :math:`u^\top G v \le \beta`; then again. Upper bound: the best
+network met. Lower bound: the dual value of a residual, scaled by a bound on its dual norm over *all* cones.
+
+Source: Pilanci and Ergen 2020 (the program); book, chapter "ReLU and its cones" (the bounds).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cvxlib.arrangements import hyperplanes, inner_point, lifted_rows
+from cvxlib.heads import Head
+from cvxlib.lifting import block_design
+from cvxlib.programs import ConvexProgram
+from cvxlib.solution import Certificate, Factors, Solution, Status
+
+#: neurons that one round of column generation may add
+NEW_NEURONS = 12
+#: rounds without progress of either bound after which column generation gives up
+PATIENCE = 4
+#: random networks trained to begin with
+STARTS = 3
+
+
+@dataclass
+class _Neurons:
+    """Neurons u (m, p), v (m, q) of the mixer's blocks (m,), and directions (m, p) inside the cones they are held in, if they are."""
+
+    u: Tensor
+    v: Tensor
+    block: Tensor
+    inside: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.u)
+
+    def join(self, other: _Neurons) -> _Neurons:
+        pairs = ((self.u, other.u), (self.v, other.v), (self.block, other.block), (self.inside, other.inside))
+        return _Neurons(*(torch.cat(pair) for pair in pairs))
+
+
+@torch.no_grad()
+def solve(
+    program: ConvexProgram,
+    *,
+    tol: float,
+    max_iterations: int,
+    start: Solution | None = None,
+    progress: bool | None = None,
+) -> Solution:
+    """Solve a ReLU program, or bound it from both sides; arguments as :func:`cvxlib.solve`."""
+    exact = program.double()
+    search = _Search(exact, max_iterations, 0.1 * tol)
+    status, searched = None, True
+    bar = tqdm(desc="column generation", disable=None if progress is None else not progress, delay=1)
+    try:
+        search.begin(start)
+        stale, before = 0, (np.inf, -np.inf)
+        while True:
+            searched, terms = search.bound()
+            gap = Certificate(search.value, search.dual).relative_gap
+            bar.update()
+            bar.set_postfix_str(f"neurons {len(search.best)}, gap {gap:.1e}")
+            moved = before[0] - search.value > 1e-9 * abs(search.value) or search.dual - before[1] > 1e-6 * abs(
+                search.dual
+            )
+            stale, before = 0 if moved else stale + 1, (search.value, search.dual)
+            if gap <= tol or not terms or stale >= PATIENCE or search.evaluations >= max_iterations:
+                break
+            search.grow(terms)
+    except KeyboardInterrupt:
+        status = Status.INTERRUPTED
+    finally:
+        bar.close()
+    certificate = Certificate(search.value, search.dual, search.point, torch.float64)
+    if status is None:
+        status = _status(exact, certificate, searched, tol)
+    best = search.best
+    shape = (program.mixer.width, program.mixer.block_outputs)
+    factors = Factors(best.u.unflatten(1, program.mixer.shape), best.v.unflatten(1, shape), best.block)
+    return Solution(
+        program=program,
+        factors=Factors(factors.u.to(program.tokens), factors.v.to(program.tokens), factors.block),
+        certificate=certificate,
+        status=status,
+        solver=f"column generation, {search.space}, {search.rounds} rounds",
+        evaluations=search.evaluations,
+        history=torch.tensor(search.history, dtype=torch.float64).reshape(-1, 3),
+    )
+
+
+def _status(program: ConvexProgram, certificate: Certificate, searched: bool, tol: float) -> Status:
+    if certificate.relative_gap <= tol:
+        return Status.EXACT
+    if certificate.dual <= 0:
+        return Status.UPPER_BOUND
+    if not program.enumerated:
+        return Status.INTERVAL_PATTERNS
+    return Status.INTERVAL if searched else Status.INTERVAL_CONES
+
+
+class _Search:
+    """The state of a solve: the best network, the best dual point, and what was spent on them."""
+
+    def __init__(self, program: ConvexProgram, max_iterations: int, precision: float) -> None:
+        self.program, self.precision, self.limit = program, precision, max_iterations
+        self.tokens = program.mixer.split(program.tokens)
+        self.planes = [hyperplanes(lifted_rows(program.mixer, seen)) for seen in self.tokens]
+        mixer = program.mixer
+        empty = program.tokens.new_zeros(0, mixer.p)
+        none = _Neurons(
+            empty, empty.new_zeros(0, mixer.q), torch.zeros(0, dtype=torch.long, device=empty.device), empty
+        )
+        self.best, self.value = none, self.objective(none)
+        self.dual, self.point = -float("inf"), None
+        self.evaluations, self.rounds, self.history = 1, 0, []
+        self.space = (
+            f"all {program.operator.shape[0]} sign patterns"
+            if program.enumerated
+            else "more sign patterns than the limit"
+        )
+
+    # the network
+
+    def head(self, neurons: _Neurons) -> Head:
+        mixer = self.program.mixer
+        u = neurons.u.unflatten(1, mixer.shape)
+        v = neurons.v.unflatten(1, (mixer.width, mixer.block_outputs))
+        return Head(
+            mixer, self.program.activation, u, v, torch.zeros_like(neurons.block), neurons.block, self.program.pool
+        )
+
+    def predictions(self, neurons: _Neurons) -> Tensor:
+        return self.head(neurons)(self.program.tokens).reshape(-1, self.program.mixer.outputs)
+
+    def objective(self, neurons: _Neurons) -> float:
+        """The ReLU network's own objective: an upper bound wherever the neurons lie."""
+        decay = float(neurons.u.square().sum() + neurons.v.square().sum()) / 2
+        return self.program.data_loss(self.predictions(neurons)) + self.program.beta * decay
+
+    def begin(self, start: Solution | None) -> None:
+        """Start from a given solution and from a few trainings, whichever is best."""
+        candidates = []
+        if start is not None:
+            u, v = start.factors.u.flatten(1), start.factors.v.flatten(1)
+            candidates.append(
+                _Neurons(u.to(self.best.u), v.to(self.best.v), start.factors.block.to(self.best.block), None)
+            )
+        mixer = self.program.mixer
+        width = min(mixer.p * mixer.q, len(self.program.rows) * mixer.outputs, 60) + 4
+        for seed in range(STARTS):
+            head = Head.random(mixer, self.program.activation, width, seed=seed, dtype=torch.float64)
+            u, v = 0.5 * head.u.detach().flatten(1), 0.5 * head.v.detach().flatten(1)
+            candidates.append(
+                self.train(_Neurons(u.to(self.best.u), v.to(self.best.v), head.block.to(self.best.block), None))
+            )
+        for neurons in sorted(candidates, key=self.objective)[:1]:
+            self.keep(neurons)
+            self.keep(self.polish(self.settle(neurons)))
+
+    def keep(self, neurons: _Neurons) -> None:
+        value = self.objective(neurons)
+        if value < self.value:
+            self.value, self.best = value, neurons
+
+    def settle(self, neurons: _Neurons) -> _Neurons:
+        """Drop the neurons that have died, balance the others, and note the cone that each lies in."""
+        long, wide = neurons.u.norm(dim=1), neurons.v.norm(dim=1)
+        alive = long * wide > 1e-10 * max(float((long * wide).amax()) if len(neurons) else 0.0, 1e-300)
+        root = (wide[alive] / long[alive]).sqrt().unsqueeze(1)
+        u, v, block = neurons.u[alive] * root, neurons.v[alive] / root, neurons.block[alive]
+        if neurons.inside is not None:
+            return _Neurons(u, v, block, neurons.inside[alive])
+        if self.program.enumerated:
+            inside = [self.program.norm.direction(k) for k in self.program.norm.locate(u, block).tolist()]
+        else:
+            inside = []
+            for vector, b in zip(u.cpu().numpy(), block.tolist(), strict=True):
+                rows = self.planes[b][0] @ self.planes[b][1]
+                found = inner_point(np.where(rows @ vector >= 0, 1.0, -1.0)[:, None] * rows)
+                inside.append(vector if found is None else found)
+        return _Neurons(u, v, block, torch.as_tensor(np.array(inside).reshape(u.shape)).to(u))
+
+    def grow(self, terms: list) -> None:
+        """Add the oracle's neurons at the length that lowers the objective most, and polish."""
+        norm, cells = self.program.norm, [k for _, k, _, _ in terms[:NEW_NEURONS]]
+        u, v = (torch.as_tensor(np.array([term[i] for term in terms[:NEW_NEURONS]])).to(self.best.u) for i in (2, 3))
+        inside = torch.as_tensor(np.array([norm.direction(k) for k in cells])).to(u)
+        block = torch.tensor([norm.block[k] for k in cells], device=u.device)
+        base = max(float(self.best.u.norm(dim=1).amax()) if len(self.best) else 0.0, 1.0)
+        best = self.settle(self.best)
+        trials = [best.join(_Neurons(a * base * u, -a * base * v, block, inside)) for a in np.geomspace(1e-3, 1, 13)]
+        self.keep(self.polish(min(trials, key=self.objective)))
+
+    # upper bound
+
+    def train(self, neurons: _Neurons, steps: int = 300) -> _Neurons:
+        """Descend on the network itself, its gates free to change."""
+        program, p = self.program, self.program.mixer.p
+        head = self.head(neurons)
+
+        def value_and_gradient(x: Tensor) -> tuple[float, Tensor]:
+            head.u.data, head.v.data = x[:, :p].reshape(head.u.shape), x[:, p:].reshape(head.v.shape)
+            with torch.enable_grad():
+                predictions = head(program.tokens).reshape(-1, program.mixer.outputs)
+                value = program.loss.value(predictions, program.rows).sum() / program.samples
+                value = value + program.beta * head.weight_decay()
+                gradients = torch.autograd.grad(value, (head.u, head.v))
+            return float(value), torch.cat([gradient.flatten(1) for gradient in gradients], 1)
+
+        x = self.minimise(value_and_gradient, torch.cat([neurons.u, neurons.v], 1), steps, 1e-6)
+        return _Neurons(x[:, :p], x[:, p:], neurons.block, None)
+
+    def polish(self, neurons: _Neurons, rounds: int = 12) -> _Neurons:
+        r"""A local minimum with every neuron held in its cone :math:`K_j u_j \ge 0`, by the augmented Lagrangian."""
+        if len(neurons) == 0:
+            return neurons
+        program, n, beta = self.program, self.program.samples, self.program.beta
+        p, w, c = program.mixer.p, program.mixer.width, program.mixer.block_outputs
+        members = [(neurons.block == b).nonzero().squeeze(1) for b in range(program.mixer.blocks)]
+        designs = []
+        for b, mine in enumerate(members):
+            directions = neurons.inside[mine].unflatten(1, program.mixer.shape)
+            masks = program.mixer.hidden(self.tokens[b], directions) >= 0
+            design = block_design(program.mixer, self.tokens[b], masks, program.pool == "mean")
+            designs.append(design if program.pool else design.flatten(0, 1))  # (rows, m, p, w)
+        walls = self.walls(neurons)  # (m, f, p)
+
+        multipliers = walls.new_zeros(walls.shape[:2])
+        stiffness = 100 * beta
+        x, last = torch.cat([neurons.u, neurons.v], 1), np.inf
+
+        def value_and_gradient(x: Tensor) -> tuple[float, Tensor]:
+            u, v = x[:, :p], x[:, p:].unflatten(1, (w, c))
+            hidden = [torch.einsum("rjpw,jp->rjw", d, u[mine]) for d, mine in zip(designs, members, strict=True)]
+            parts = [torch.einsum("rjw,jwc->rc", h, v[mine]) for h, mine in zip(hidden, members, strict=True)]
+            predictions = torch.cat(parts, 1)
+            residual = program.loss.gradient(predictions, program.rows) / n
+            gradient = beta * x
+            for part, h, d, mine in zip(residual.chunk(len(members), 1), hidden, designs, members, strict=True):
+                back = torch.einsum("rc,jwc->rjw", part, v[mine])
+                gradient[mine, :p] += torch.einsum("rjpw,rjw->jp", d, back)
+                gradient[mine, p:] += torch.einsum("rjw,rc->jwc", h, part).flatten(1)
+            short = (multipliers - stiffness * torch.einsum("jfp,jp->jf", walls, u)).clamp(min=0)
+            gradient[:, :p] -= torch.einsum("jfp,jf->jp", walls, short)
+            value = program.data_loss(predictions) + beta / 2 * float(x.square().sum())
+            return value + float(short.square().sum()) / (2 * stiffness), gradient
+
+        for _ in range(rounds):
+            x = self.minimise(value_and_gradient, x, 500, max(1e-3 * self.precision, 1e-11))
+            slack = torch.einsum("jfp,jp->jf", walls, x[:, :p])
+            multipliers = (multipliers - stiffness * slack).clamp(min=0)
+            outside = float(slack.clamp(max=0).abs().max()) / max(float(x[:, :p].norm(dim=1).max()), 1e-300)
+            if outside <= 1e-11 or self.evaluations >= self.limit:
+                break
+            if outside > 0.2 * last:
+                stiffness = min(5 * stiffness, 1e5 * beta)
+            last = outside
+        return self.settle(_Neurons(x[:, :p], x[:, p:], neurons.block, neurons.inside))
+
+    def walls(self, neurons: _Neurons) -> Tensor:
+        """(m, f, p) unit rows of the neurons' cones, padded with zeros: facets where the patterns are enumerated, otherwise every row."""
+        if self.program.enumerated:
+            index = self.program.norm.locate(neurons.inside, neurons.block)
+            cones = [self.program.norm.cone(k) for k in index.tolist()]
+        else:
+            cones = []
+            for inside, b in zip(neurons.inside.cpu().numpy(), neurons.block.tolist(), strict=True):
+                rows = self.planes[b][0] @ self.planes[b][1]
+                cones.append(np.sign(rows @ inside)[:, None] * rows)
+        walls = np.zeros((len(cones), max(map(len, cones)), neurons.u.shape[1]))
+        for wall, cone in zip(walls, cones, strict=True):
+            wall[: len(cone)] = cone
+        return torch.as_tensor(walls).to(neurons.u)
+
+    def minimise(self, function, x: Tensor, steps: int, tolerance: float) -> Tensor:
+        """L-BFGS on a matrix of weights, in float64."""
+        from scipy.optimize import minimize
+
+        shape, device = x.shape, x.device
+
+        def flat(values: np.ndarray) -> tuple[float, np.ndarray]:
+            self.evaluations += 1
+            value, gradient = function(torch.as_tensor(values, device=device).reshape(shape))
+            return value, gradient.cpu().numpy().ravel()
+
+        options = {"maxiter": steps, "maxcor": 30, "ftol": 1e-16, "gtol": tolerance * self.program.beta, "maxls": 40}
+        result = minimize(flat, x.cpu().numpy().ravel(), jac=True, method="L-BFGS-B", options=options)
+        return torch.as_tensor(result.x, device=device).reshape(shape)
+
+    # lower bound
+
+    def bound(self) -> tuple[bool, list]:
+        """Improve the lower bound by the best network's residual; also the oracle's answers, and whether its search was complete."""
+        program = self.program
+        self.rounds += 1
+        residual = program.loss.gradient(self.predictions(self.best), program.rows)
+        complete, terms = True, []
+        if program.enumerated:
+            gradient = program.operator.adjoint(residual) / program.samples
+            found, terms = program.norm.search(gradient, threshold=program.beta * (1 + 1e-3 * self.precision))
+            complete, norm = found.exact(1e-7), found.upper
+        else:
+            norm = program.dual_norm(residual)
+        dual, point = program.feasible_dual(residual, norm)
+        if dual > self.dual:
+            self.dual, self.point = dual, point
+        self.history.append((self.evaluations, self.value, self.dual))
+        return complete, terms
