@@ -21,11 +21,15 @@ from cvxlib.heads import Head
 from cvxlib.lifting import block_design
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Certificate, Factors, Solution, Status
+from cvxlib.solvers import barrier
+from cvxlib.solvers.barrier import HeldNetwork
 
 #: neurons that one round of column generation may add
 NEW_NEURONS = 12
 #: rounds without progress of either bound after which column generation gives up
 PATIENCE = 4
+#: weights up to which Newton's method is used to polish
+LARGEST_NEWTON = 1_200
 #: random networks trained to begin with
 STARTS = 3
 
@@ -219,52 +223,29 @@ class _Search:
         x = self.minimise(value_and_gradient, torch.cat([neurons.u, neurons.v], 1), steps, 1e-6)
         return _Neurons(x[:, :p], x[:, p:], neurons.block, None)
 
-    def polish(self, neurons: _Neurons, rounds: int = 12) -> _Neurons:
-        r"""A local minimum with every neuron held in its cone :math:`K_j u_j \ge 0`, by the augmented Lagrangian."""
-        if len(neurons) == 0:
+    def polish(self, neurons: _Neurons) -> _Neurons:
+        """A local minimum with every neuron held in its cone, where the problem is small enough for Newton's method."""
+        mixer, m = self.program.mixer, len(neurons)
+        if m == 0 or m * (mixer.p + mixer.q) > LARGEST_NEWTON:
             return neurons
-        program, n, beta = self.program, self.program.samples, self.program.beta
-        p, w, c = program.mixer.p, program.mixer.width, program.mixer.block_outputs
-        members = [(neurons.block == b).nonzero().squeeze(1) for b in range(program.mixer.blocks)]
+        members = [(neurons.block == b).nonzero().squeeze(1) for b in range(mixer.blocks)]
         designs = []
-        for b, mine in enumerate(members):
-            directions = neurons.inside[mine].unflatten(1, program.mixer.shape)
-            masks = program.mixer.hidden(self.tokens[b], directions) >= 0
-            design = block_design(program.mixer, self.tokens[b], masks, program.pool == "mean")
-            designs.append(design if program.pool else design.flatten(0, 1))  # (rows, m, p, w)
-        walls = self.walls(neurons)  # (m, f, p)
+        for seen, mine in zip(self.tokens, members, strict=True):
+            masks = mixer.hidden(seen, neurons.inside[mine].unflatten(1, mixer.shape)) >= 0
+            design = block_design(mixer, seen, masks, self.program.pool == "mean")
+            designs.append(design if self.program.pool else design.flatten(0, 1))  # (rows, m, p, w)
+        network = HeldNetwork(self.program, designs, members, self.walls(neurons))
+        # neurons on a wall are moved inside, where the barrier is finite
+        unit = neurons.inside / neurons.inside.norm(dim=1, keepdim=True)
+        margin = network.slack(unit).amin(1, keepdim=True)
+        short = (1e-3 * neurons.u.norm(dim=1, keepdim=True) * margin - network.slack(neurons.u).amin(1, keepdim=True)).clamp(min=0)
+        u = neurons.u + 2 * short / margin * unit
+        precision = 0.02 * self.precision * max(abs(self.value), 1e-300)
+        u, v = barrier.polish(network, u, neurons.v, precision, self.count)
+        return self.settle(_Neurons(u, v, neurons.block, neurons.inside))
 
-        multipliers = walls.new_zeros(walls.shape[:2])
-        stiffness = 100 * beta
-        x, last = torch.cat([neurons.u, neurons.v], 1), np.inf
-
-        def value_and_gradient(x: Tensor) -> tuple[float, Tensor]:
-            u, v = x[:, :p], x[:, p:].unflatten(1, (w, c))
-            hidden = [torch.einsum("rjpw,jp->rjw", d, u[mine]) for d, mine in zip(designs, members, strict=True)]
-            parts = [torch.einsum("rjw,jwc->rc", h, v[mine]) for h, mine in zip(hidden, members, strict=True)]
-            predictions = torch.cat(parts, 1)
-            residual = program.loss.gradient(predictions, program.rows) / n
-            gradient = beta * x
-            for part, h, d, mine in zip(residual.chunk(len(members), 1), hidden, designs, members, strict=True):
-                back = torch.einsum("rc,jwc->rjw", part, v[mine])
-                gradient[mine, :p] += torch.einsum("rjpw,rjw->jp", d, back)
-                gradient[mine, p:] += torch.einsum("rjw,rc->jwc", h, part).flatten(1)
-            short = (multipliers - stiffness * torch.einsum("jfp,jp->jf", walls, u)).clamp(min=0)
-            gradient[:, :p] -= torch.einsum("jfp,jf->jp", walls, short)
-            value = program.data_loss(predictions) + beta / 2 * float(x.square().sum())
-            return value + float(short.square().sum()) / (2 * stiffness), gradient
-
-        for _ in range(rounds):
-            x = self.minimise(value_and_gradient, x, 500, max(1e-3 * self.precision, 1e-11))
-            slack = torch.einsum("jfp,jp->jf", walls, x[:, :p])
-            multipliers = (multipliers - stiffness * slack).clamp(min=0)
-            outside = float(slack.clamp(max=0).abs().max()) / max(float(x[:, :p].norm(dim=1).max()), 1e-300)
-            if outside <= 1e-11 or self.evaluations >= self.limit:
-                break
-            if outside > 0.2 * last:
-                stiffness = min(5 * stiffness, 1e5 * beta)
-            last = outside
-        return self.settle(_Neurons(x[:, :p], x[:, p:], neurons.block, neurons.inside))
+    def count(self) -> None:
+        self.evaluations += 1
 
     def walls(self, neurons: _Neurons) -> Tensor:
         """(m, f, p) unit rows of the neurons' cones, padded with zeros: facets where the patterns are enumerated, otherwise every row."""
@@ -288,7 +269,7 @@ class _Search:
         shape, device = x.shape, x.device
 
         def flat(values: np.ndarray) -> tuple[float, np.ndarray]:
-            self.evaluations += 1
+            self.count()
             value, gradient = function(torch.as_tensor(values, device=device).reshape(shape))
             return value, gradient.cpu().numpy().ravel()
 
