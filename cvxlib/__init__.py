@@ -2,6 +2,7 @@
 
 from cvxlib.activations import Activation, GatedReLU, Linear, ReLU
 from cvxlib.certify import certify
+from cvxlib.conversion import gated_to_relu
 from cvxlib.heads import Head
 from cvxlib.losses import CrossEntropy, Loss, SquaredLoss
 from cvxlib.mixers import (
@@ -51,5 +52,6 @@ __all__ = [
     "certify",
     "circulant_hidden",
     "factor",
+    "gated_to_relu",
     "solve",
 ]

@@ -30,8 +30,10 @@ NEW_NEURONS = 12
 PATIENCE = 4
 #: weights up to which Newton's method is used to polish
 LARGEST_NEWTON = 1_200
-#: random networks trained to begin with
-STARTS = 3
+#: random networks trained to begin with, where no oracle can improve on the first
+STARTS = 5
+#: networks trained at a smaller beta, whose residuals improve a lower bound that is not tight
+SHADOWS = 3
 
 
 @dataclass
@@ -160,7 +162,7 @@ class _Search:
             )
         mixer = self.program.mixer
         width = min(mixer.p * mixer.q, len(self.program.rows) * mixer.outputs, 60) + 4
-        for seed in range(STARTS):
+        for seed in range(1 if self.program.enumerated else STARTS):
             head = Head.random(mixer, self.program.activation, width, seed=seed, dtype=torch.float64)
             u, v = 0.5 * head.u.detach().flatten(1), 0.5 * head.v.detach().flatten(1)
             candidates.append(
@@ -206,9 +208,9 @@ class _Search:
 
     # upper bound
 
-    def train(self, neurons: _Neurons, steps: int = 300) -> _Neurons:
-        """Descend on the network itself, its gates free to change."""
-        program, p = self.program, self.program.mixer.p
+    def train(self, neurons: _Neurons, steps: int = 200, beta: float | None = None) -> _Neurons:
+        """Descend on the network itself, its gates free to change, at the program's or another beta."""
+        program, p = self.program if beta is None else self.program.with_beta(beta), self.program.mixer.p
         head = self.head(neurons)
 
         def value_and_gradient(x: Tensor) -> tuple[float, Tensor]:
@@ -238,7 +240,9 @@ class _Search:
         # neurons on a wall are moved inside, where the barrier is finite
         unit = neurons.inside / neurons.inside.norm(dim=1, keepdim=True)
         margin = network.slack(unit).amin(1, keepdim=True)
-        short = (1e-3 * neurons.u.norm(dim=1, keepdim=True) * margin - network.slack(neurons.u).amin(1, keepdim=True)).clamp(min=0)
+        short = (
+            1e-3 * neurons.u.norm(dim=1, keepdim=True) * margin - network.slack(neurons.u).amin(1, keepdim=True)
+        ).clamp(min=0)
         u = neurons.u + 2 * short / margin * unit
         precision = 0.02 * self.precision * max(abs(self.value), 1e-300)
         u, v = barrier.polish(network, u, neurons.v, precision, self.count)
@@ -288,11 +292,23 @@ class _Search:
         if program.enumerated:
             gradient = program.operator.adjoint(residual) / program.samples
             found, terms = program.norm.search(gradient, threshold=program.beta * (1 + 1e-3 * self.precision))
-            complete, norm = found.exact(1e-7), found.upper
+            complete = found.exact(1e-7)
+            self.offer(residual, found.upper)
         else:
-            norm = program.dual_norm(residual)
-        dual, point = program.feasible_dual(residual, norm)
-        if dual > self.dual:
-            self.dual, self.point = dual, point
+            # a residual whose bound is k times too large must be shrunk; that of a network trained at beta / k need not be
+            neurons, norm = self.best, self.offer(residual, program.dual_norm(residual))
+            beta = program.beta
+            for _ in range(SHADOWS if norm > program.beta else 0):
+                beta *= program.beta / norm
+                neurons = self.train(neurons, beta=beta)
+                residual = program.loss.gradient(self.predictions(neurons), program.rows)
+                norm = self.offer(residual, program.dual_norm(residual))
         self.history.append((self.evaluations, self.value, self.dual))
         return complete, terms
+
+    def offer(self, residual: Tensor, norm: float) -> float:
+        """Take the dual point along a residual, whose dual norm is at most ``norm``, if it is the best so far."""
+        dual, point = self.program.feasible_dual(residual, norm)
+        if dual > self.dual:
+            self.dual, self.point = dual, point
+        return norm
