@@ -101,6 +101,14 @@ def test_association_agrees_with_its_definition_in_sets(seed):
     assert spatial.patch_association(scores, sets) == pytest.approx(sum(shares) / 12, abs=1e-12)
 
 
+def test_coherence_sees_whole_sets_wherever_they_are():
+    deranged = spatial.deranged_scores(SETS, 1.0)
+    assert spatial.patch_association(deranged, SETS) == 0.0 and spatial.set_coherence(deranged, SETS) == 1.0
+    mixed = torch.zeros(6, 6)
+    mixed[:, [0, 1]] = 1.0  # patches of two sets
+    assert spatial.set_coherence(mixed, SETS) == 0.5
+
+
 def test_association_refuses_the_wrong_shape():
     with pytest.raises(ValueError, match=r"scores: expected shape \(6, 6\)"):
         spatial.patch_association(torch.zeros(5, 5), SETS)

@@ -3,7 +3,13 @@
 Import it as ``from cvxlib import spatial``. Jelassi, Sander and Li 2022 (arXiv 2210.09221); book, chapter "Spatial structure".
 """
 
-from cvxlib.spatial.association import Scalars, attention_scalars, chance_association, patch_association
+from cvxlib.spatial.association import (
+    Scalars,
+    attention_scalars,
+    chance_association,
+    patch_association,
+    set_coherence,
+)
 from cvxlib.spatial.convex import PopulationOptimum, mixer_program, mixing_matrix, patch_targets, population_optimum
 from cvxlib.spatial.data import SpatialSample, SpatialTask
 from cvxlib.spatial.positional import PositionalModel, Trace, deranged_scores, merged_scores, train_positional
@@ -37,6 +43,7 @@ __all__ = [
     "patch_targets",
     "permute_patches",
     "population_optimum",
+    "set_coherence",
     "small_cnn",
     "train_classifier",
     "train_positional",

@@ -41,6 +41,27 @@ def patch_association(scores: Tensor, sets: Tensor) -> float:
     return float(((above + share * tied) * own).sum(1).mean() / size)
 
 
+def set_coherence(scores: Tensor, sets: Tensor) -> float:
+    r"""As :func:`patch_association`, but with the best set for each patch in place of its own.
+
+    .. math:: \frac1D \sum_{i=1}^D \max_l \frac{|\operatorname{Top}_C(A_{i,:}) \cap S_l|}{C}
+
+    High coherence with low association: patches attend to whole sets, only not to their own.
+
+    Args:
+        scores: (D, D), taken in the order of ``torch.topk`` where they tie.
+        sets: (L, C).
+
+    Source: book, chapter "Spatial structure".
+    """
+    scores, sets = float_tensor("scores", scores, ("D", "D")), check_sets(sets)
+    count, size = sets.numel(), sets.shape[1]
+    require(tuple(scores.shape) == (count, count), "scores", f"shape ({count}, {count}) for these sets", scores)
+    chosen = membership(sets).to(scores.device)[scores.topk(size, dim=1).indices]  # (D, C)
+    counts = torch.nn.functional.one_hot(chosen, len(sets)).sum(1)
+    return float(counts.amax(1).double().mean() / size)
+
+
 def chance_association(sets: Tensor, own_first: bool = False) -> float:
     r"""The expected association of random scores: C / D, or :math:`\frac1C\big(1 + \frac{(C-1)^2}{D-1}\big)` where each patch ranks itself first."""
     sets = check_sets(sets)
