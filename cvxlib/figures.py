@@ -1,0 +1,145 @@
+"""The pictures that more than one page shows; the only module that imports matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+from torch import Tensor
+
+from cvxlib._checks import require
+from cvxlib.heads import Head
+from cvxlib.solution import Solution
+from cvxlib.solvers.training import Training
+
+#: one colour per role, told apart also without colour vision (Okabe and Ito 2008)
+COLOURS = {"optimum": "#0072B2", "bound": "#56B4E9", "training": "#D55E00", "gated": "#009E73", "neutral": "#666666"}
+
+
+def use_style() -> None:
+    """Set the book's plotting style for the running session."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "axes.titlesize": 11,
+            "axes.labelsize": 10,
+            "font.size": 10,
+            "legend.frameon": False,
+            "image.cmap": "RdBu_r",
+        }
+    )
+
+
+def training_against_optimum(
+    trainings: Mapping[str, Sequence[Training]], solution: Solution, ax: Axes | None = None
+) -> Axes:
+    """Objective of trained heads epoch by epoch, above the certified interval of the global optimum.
+
+    Args:
+        trainings: for each label (a learning rate, say) the runs from several seeds on the solution's program.
+        solution: the certified solution.
+        ax: where to draw; a new figure by default.
+    """
+    require(len(trainings) > 0, "trainings", "at least one run", "none")
+    ax = ax or plt.subplots(figsize=(6.4, 3.8))[1]
+    shades = plt.get_cmap("autumn")(np.linspace(0.0, 0.65, len(trainings)))
+    for (label, runs), shade in zip(trainings.items(), shades, strict=True):
+        for k, run in enumerate(runs):
+            name = f"{label}, {len(runs)} seed{'s' if len(runs) > 1 else ''}" if k == 0 else None
+            ax.plot(run.objective, color=shade, lw=1.3, alpha=0.9, label=name)
+    certificate = solution.certificate
+    ax.axhline(certificate.primal, color=COLOURS["optimum"], lw=2.2, label="certified global optimum")
+    ax.axhspan(0, certificate.dual, color=COLOURS["bound"], alpha=0.18, lw=0, label="proved out of reach of any head")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.yaxis.set_minor_formatter(ScalarFormatter())
+    longest = max(len(run.objective) for runs in trainings.values() for run in runs)
+    ax.set(xlabel="epoch", ylabel="regularised objective", xlim=(0, longest - 1), ylim=(certificate.dual * 0.75, None))
+    ax.legend(loc="upper right", fontsize=9)
+    return ax
+
+
+def convergence(solutions: Mapping[str, Solution]) -> Figure:
+    """Primal and dual values closing on the optimum, and the certified gap, against evaluations.
+
+    Args:
+        solutions: one for each label.
+    """
+    require(len(solutions) > 0, "solutions", "at least one solution", "none")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.4))
+    colours = list(COLOURS.values())
+    for (label, solution), colour in zip(solutions.items(), [colours[0], colours[2], colours[3]], strict=False):
+        evaluations, primal, dual = solution.history.T
+        left.plot(evaluations, primal, color=colour, label=f"{label}: primal")
+        left.plot(evaluations, dual, color=colour, ls="--", label=f"{label}: dual bound")
+        right.semilogy(evaluations, (primal - dual) / torch.maximum(primal.abs(), dual.abs()), color=colour, label=label)
+    first = next(iter(solutions.values()))
+    left.set(xlabel="evaluations", ylabel="objective", ylim=(0, 3 * max(s.objective for s in solutions.values())))
+    right.set(xlabel="evaluations", ylabel="certified relative gap")
+    left.set_title("the optimum lies between the curves")
+    right.set_title(f"certified gap, down to {first.certificate.relative_gap:.0e}")
+    left.legend(fontsize=8)
+    right.legend(fontsize=9)
+    return figure
+
+
+def token_weights(head: Head, tokens: Tensor, images: Tensor, count: int = 4) -> Figure:
+    r"""The weight with which each patch's value enters the prediction, for the largest heads of a pooled linear attention head.
+
+    Pooled over queries, head j is :math:`\sum_b w_{j,b}\, x_b^\top V_j` with
+    :math:`w_j = \tfrac1s \mathbf 1^\top X U_j X^\top`: one number for each token.
+
+    Args:
+        head: a pooled self-attention head.
+        tokens: (k, s, d) the samples, with s a square number.
+        images: (k, side, side) the same samples as pictures.
+        count: how many heads to show, largest first.
+    """
+    grid = round(tokens.shape[1] ** 0.5)
+    require(grid**2 == tokens.shape[1], "tokens", "a square number of tokens", tokens)
+    with torch.no_grad():
+        size = head.u.flatten(1).norm(dim=1) * head.v.flatten(1).norm(dim=1)
+        largest = size.argsort(descending=True)[:count]
+        weights = head.mixer.hidden(tokens, head.u[largest]).mean(2)  # (k, heads, s)
+    figure, axes = plt.subplots(len(tokens), len(largest) + 1, figsize=(1.35 * (len(largest) + 1), 1.4 * len(tokens)))
+    for row, image, weight in zip(axes, images, weights, strict=True):
+        row[0].imshow(image, cmap="gray_r")
+        for ax, w in zip(row[1:], weight, strict=True):
+            limit = float(w.abs().max())
+            ax.imshow(image, cmap="gray_r", alpha=0.35, extent=(0, grid, grid, 0))
+            ax.imshow(w.reshape(grid, grid), vmin=-limit, vmax=limit, alpha=0.7, extent=(0, grid, grid, 0))
+        for ax in row:
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            ax.spines[:].set_visible(False)
+    axes[0][0].set_title("image", fontsize=9)
+    for j, ax in enumerate(axes[0][1:]):
+        ax.set_title(f"head {j + 1}", fontsize=9)
+    return figure
+
+
+def spectrum(solution: Solution, ax: Axes | None = None, label: str | None = None, colour: str | None = None) -> Axes:
+    """The sizes of the recovered heads (singular values of the lifted blocks), largest first."""
+    ax = ax or plt.subplots(figsize=(4.6, 3.2))[1]
+    factors = solution.factors
+    sizes = (factors.u.flatten(1).norm(dim=1) * factors.v.flatten(1).norm(dim=1)).cpu()
+    ax.semilogy(
+        range(1, len(sizes) + 1),
+        sizes.sort(descending=True).values,
+        "o-",
+        ms=4,
+        color=colour or COLOURS["optimum"],
+        label=label,
+    )
+    ax.set(xlabel="head", ylabel="singular value")
+    return ax
