@@ -227,8 +227,10 @@ def _incremental(normals: np.ndarray, limit: int, progress: bool | None) -> tupl
     bar.close()
     complete = 2 * len(cells) <= limit
     # points far from the walls keep their pattern when the hidden entries are computed in another order
-    points = [inner_point(signs[:, None] * normals[: len(signs)]) for signs, _ in cells] if complete else []
-    half = np.array([cell[1] if point is None else point for cell, point in zip(cells, points or cells, strict=True)])
+    half = np.array([point for _, point in cells])
+    if complete:
+        centres = [inner_point(signs[:, None] * normals) for signs, _ in cells]
+        half = np.array([old if new is None else new for old, new in zip(half, centres, strict=True)])
     return np.concatenate([half, -half]), complete
 
 

@@ -177,10 +177,10 @@ class _Search:
         if value < self.value:
             self.value, self.best = value, neurons
 
-    def settle(self, neurons: _Neurons) -> _Neurons:
+    def settle(self, neurons: _Neurons, cut: float = 1e-10) -> _Neurons:
         """Drop the neurons that have died, balance the others, and note the cone that each lies in."""
         long, wide = neurons.u.norm(dim=1), neurons.v.norm(dim=1)
-        alive = long * wide > 1e-10 * max(float((long * wide).amax()) if len(neurons) else 0.0, 1e-300)
+        alive = long * wide > cut * max(float((long * wide).amax()) if len(neurons) else 0.0, 1e-300)
         root = (wide[alive] / long[alive]).sqrt().unsqueeze(1)
         u, v, block = neurons.u[alive] * root, neurons.v[alive] / root, neurons.block[alive]
         if neurons.inside is not None:
@@ -246,7 +246,31 @@ class _Search:
         u = neurons.u + 2 * short / margin * unit
         precision = 0.02 * self.precision * max(abs(self.value), 1e-300)
         u, v = barrier.polish(network, u, neurons.v, precision, self.count)
-        return self.settle(_Neurons(u, v, neurons.block, neurons.inside))
+        polished = self.settle(_Neurons(u, v, neurons.block, neurons.inside))
+        self.precision = max(self.precision / 10, 1e-13)
+        merged = self.merge(polished)
+        return merged if self.objective(merged) <= self.objective(polished) * (1 + 1e-14) else polished
+
+    def merge(self, neurons: _Neurons) -> _Neurons:
+        r"""Neurons of one cone with (nearly) the same output direction as one: :math:`\sum_j \|v_j\| u_j` lies in the cone and is shorter than its terms."""
+        size, order = neurons.v.norm(dim=1), neurons.u.norm(dim=1).argsort(descending=True).tolist()
+        unit = neurons.v / size.unsqueeze(1)
+        taken, u, v, first = set(), [], [], []
+        for j in order:
+            if j in taken:
+                continue
+            alike = (unit @ unit[j] > 1 - 1e-8) & (neurons.block == neurons.block[j])
+            alike &= (neurons.inside == neurons.inside[j]).all(1)
+            group = [k for k in alike.nonzero().squeeze(1).tolist() if k not in taken]
+            taken.update(group)
+            u.append((neurons.u[group] * size[group].unsqueeze(1)).sum(0))
+            v.append((unit[group] * (size * neurons.u.norm(dim=1))[group].unsqueeze(1)).sum(0))
+            first.append(j)
+        if not first:
+            return neurons
+        v = torch.stack(v)
+        joined = _Neurons(torch.stack(u), v / v.norm(dim=1, keepdim=True), neurons.block[first], neurons.inside[first])
+        return self.settle(joined, 1e-7)
 
     def count(self) -> None:
         self.evaluations += 1
