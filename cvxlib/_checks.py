@@ -41,7 +41,7 @@ def require(condition: bool, name: str, expected: str, came: object) -> None:
 def instance(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
     """Raise the ``TypeError`` unless ``value`` is one of ``kinds``."""
     if not isinstance(value, kinds):
-        raise wrong_type(name, expected, value)
+        raise wrong_type(name, expected, describe(value))
 
 
 def positive_int(name: str, value: object, least: int = 1) -> int:
@@ -58,7 +58,7 @@ def positive_float(name: str, value: object, zero: bool = False) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise wrong_type(name, expected, value)
+        raise wrong_type(name, expected, describe(value))
     value = float(value)
     require(math.isfinite(value) and (value > 0 or (zero and value == 0)), name, expected, value)
     return value
@@ -70,9 +70,9 @@ def float_tensor(name: str, value: object, axes: str, *, finite: bool = True) ->
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
         value = torch.from_numpy(np.ascontiguousarray(value))
     if not isinstance(value, Tensor):
-        raise wrong_type(name, expected, value)
+        raise wrong_type(name, expected, describe(value))
     if value.dtype not in FLOATS:
-        raise wrong_type(name, expected, value)
+        raise wrong_type(name, expected, describe(value))
     require(value.ndim == len(axes), name, expected, value)
     require(value.numel() > 0, name, expected + " with at least one entry", value)
     if finite and not bool(torch.isfinite(value).all()):

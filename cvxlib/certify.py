@@ -61,7 +61,8 @@ def certify(program: ConvexProgram, head: Head, dual_point: Tensor | None = None
     candidates = [exact.loss.gradient(predictions, exact.rows)]
     if dual_point is not None:
         require(dual_point.shape == predictions.shape, "dual_point", f"shape {tuple(predictions.shape)}", dual_point)
-        candidates.append(dual_point.to(predictions))
+        # a point made in single precision is feasible to its own rounding only
+        candidates.append(exact.loss.to_domain(dual_point.to(predictions), exact.rows))
     bounds = [exact.feasible_dual(residual, dual_norm(exact, residual)) for residual in candidates]
     dual, point = max(bounds, key=lambda bound: bound[0])
     return Certificate(primal, dual, point, torch.float64)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, ScalarFormatter
 from torch import Tensor
 
 from cvxlib._checks import require
@@ -62,6 +62,7 @@ def training_against_optimum(
     ax.axhspan(0, certificate.dual, color=COLOURS["bound"], alpha=0.18, lw=0, label="proved out of reach of any head")
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     ax.yaxis.set_minor_formatter(ScalarFormatter())
     longest = max(len(run.objective) for runs in trainings.values() for run in runs)
     ax.set(xlabel="epoch", ylabel="regularised objective", xlim=(0, longest - 1), ylim=(certificate.dual * 0.75, None))

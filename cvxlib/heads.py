@@ -39,7 +39,7 @@ class Head(nn.Module):
         super().__init__()
         instance("mixer", mixer, Mixer, "a Mixer")
         instance("activation", activation, Activation, "an Activation")
-        require(pool in ("mean", None), "pool", "'mean' or None", pool)
+        require(pool in ("mean", None), "pool", "'mean' or None", repr(pool))
         activation.check(mixer)
         m = len(u)
         for name, weight, shape in (

@@ -60,7 +60,7 @@ def block_design(mixer: Mixer, tokens: Tensor, masks: Tensor, pooled: bool) -> T
 class LiftedOperator:
     r"""The linear map from lifted blocks (K, p, q) to predictions (rows, c), and its adjoint.
 
-    Gates that agree on all the data are one gate, and gates that never open are dropped, so K may be less than P B.
+    Gates that agree on all the data are one gate, and gates that never open are dropped (unless none ever does), so K may be less than P B.
 
     Args:
         designs: for each block b the design tensor (rows, K_b, p, w) of its gates.
@@ -124,7 +124,7 @@ class LiftedOperator:
 
 
 def distinct_gates(mixer: Mixer, activation: Activation, tokens: Tensor, block: int) -> list[int]:
-    """Gates of a block that open somewhere and differ from each other somewhere on tokens (n, s, d); the first of equals is kept."""
+    """Gates of a block that open somewhere and differ from each other somewhere on tokens (n, s, d): the first of equals, and never none."""
     digests = [hashlib.blake2b() for _ in range(activation.count)]
     opens = torch.zeros(activation.count, dtype=torch.bool, device=tokens.device)
     for part in chunks(mixer, tokens, 2 * activation.count):
@@ -133,4 +133,4 @@ def distinct_gates(mixer: Mixer, activation: Activation, tokens: Tensor, block: 
         for digest, mask in zip(digests, masks.transpose(0, 1).to("cpu", copy=False), strict=True):
             digest.update(mask.contiguous().numpy().data)
     first = {digest.digest(): g for g, digest in reversed(list(enumerate(digests)))}
-    return sorted(g for g in first.values() if opens[g])
+    return sorted(g for g in first.values() if opens[g]) or [0]

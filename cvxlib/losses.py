@@ -41,6 +41,10 @@ class Loss(abc.ABC):
         r"""(rows,) the conjugate :math:`\ell^*(\rho, y) = \sup_f \langle \rho, f\rangle - \ell(f, y)`; infinite outside its domain."""
 
     @abc.abstractmethod
+    def to_domain(self, dual: Tensor, targets: Tensor) -> Tensor:
+        """(rows, c) a point of the conjugate's domain next to one that rounding has moved off it."""
+
+    @abc.abstractmethod
     def prox(self, point: Tensor, targets: Tensor, rho: float, start: Tensor | None = None) -> Tensor:
         r"""(rows, c) the proximal point :math:`\arg\min_f \ell(f, y) + \tfrac\rho2 \|f - v\|^2`, from a starting guess."""
 
@@ -78,6 +82,9 @@ class SquaredLoss(Loss):
 
     def conjugate(self, dual: Tensor, targets: Tensor) -> Tensor:
         return (dual * (dual / 2 + targets)).sum(-1)
+
+    def to_domain(self, dual: Tensor, targets: Tensor) -> Tensor:
+        return dual
 
     def prox(self, point: Tensor, targets: Tensor, rho: float, start: Tensor | None = None) -> Tensor:
         return (targets + rho * point) / (1 + rho)
@@ -118,6 +125,11 @@ class CrossEntropy(Loss):
         inside = (probabilities >= -4 * eps).all(-1) & ((probabilities.sum(-1) - 1).abs() < 4 * eps * dual.shape[-1])
         value = torch.special.entr(probabilities.clamp(min=0)).sum(-1).neg()
         return torch.where(inside, value, torch.inf)
+
+    def to_domain(self, dual: Tensor, targets: Tensor) -> Tensor:
+        corner = self._one_hot(targets, dual)
+        probabilities = (dual + corner).clamp(min=0)
+        return probabilities / probabilities.sum(-1, keepdim=True) - corner
 
     def prox(self, point: Tensor, targets: Tensor, rho: float, start: Tensor | None = None) -> Tensor:
         # Newton's method, each row with its own step length; the Hessian is diagonal plus rank one

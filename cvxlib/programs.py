@@ -57,7 +57,7 @@ class ConvexProgram:
         instance("mixer", mixer, Mixer, "a Mixer such as cvxlib.SelfAttention(features=d, outputs=c)")
         instance("activation", activation, Activation, "an Activation such as cvxlib.Linear()")
         instance("loss", loss, Loss, "a Loss such as cvxlib.SquaredLoss()")
-        require(pool in ("mean", None), "pool", "'mean' or None", pool)
+        require(pool in ("mean", None), "pool", "'mean' or None", repr(pool))
         self.mixer, self.activation, self.loss, self.pool = mixer, activation, loss, pool
         self.beta = positive_float("beta", beta)
         self.tokens = mixer.check(tokens)

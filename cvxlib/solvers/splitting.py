@@ -6,7 +6,7 @@ triangular solve with a matrix that is factored once. Attention's features are c
 projection makes the iteration count insensitive to that, which is where gradient methods crawl.
 
 Source: Parikh and Boyd 2014, "Block splitting for distributed optimization" (graph form); residual balancing as in Boyd et al. 2011,
-section 3.4; book, chapter "Solvers".
+section 3.4; book, chapter "Self-attention".
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def solve(
     # penalties: rho_f of the loss's own curvature; rho_w from the size of the features
     rho_f = 0.2 * loss.smoothness / n
     rho_w = rho_f * 0.02 * max(float(design.square().sum()) for design in operator.designs) / operator.rows
+    rho_w = rho_w or rho_f  # no gate lets anything pass: any penalty will do
     project = GraphProjection(operator, rho_w / rho_f)
     # the scaled multipliers of the two constraints, from the residual that the start implies
     dual_f = -residual / (n * rho_f)
