@@ -278,6 +278,6 @@ def test_an_unsound_bound_is_noticed(monkeypatch):
 
 
 def test_a_wide_audit_is_noticed(monkeypatch):
-    monkeypatch.setattr(testing, "certify", lambda program, head: cvxlib.Certificate(1.0, 0.5))
+    monkeypatch.setattr(testing, "certify", lambda program, head, dual_point=None: cvxlib.Certificate(1.0, 0.5))
     with pytest.raises(MixerError, match="the independent audit of the solution must find a small gap"):
         testing.check_solution(Sound(D, C), TOKENS)
