@@ -119,7 +119,7 @@ def enumerate_patterns(rows: Tensor, limit: int = 20_000, progress: bool | None 
         inner, complete = _plane(normals), True
     else:
         inner, complete = _incremental(normals, limit, progress)
-    return _arrangement(rows, inner @ basis, normals, complete)
+    return _arrangement(rows, inner @ basis, normals, complete and len(inner) <= limit)
 
 
 def sample_patterns(rows: Tensor, draws: int, seed: int = 0) -> Arrangement:
