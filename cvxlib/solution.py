@@ -28,7 +28,7 @@ class Status(enum.StrEnum):
     INTERRUPTED = "The solve was interrupted: this is the best certified iterate so far."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Certificate:
     r"""A pair of values between which the global optimum lies.
 
@@ -47,6 +47,9 @@ class Certificate:
     dual: float
     dual_point: Tensor | None = field(default=None, repr=False, compare=False)
     dtype: torch.dtype = torch.float64
+
+    def __repr__(self) -> str:
+        return f"Certificate(dual={self.dual:.6g}, primal={self.primal:.6g}, relative_gap={self.relative_gap:.1e})"
 
     @property
     def gap(self) -> float:
