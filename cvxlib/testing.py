@@ -212,9 +212,11 @@ def check_beta_max(mixer: Mixer, tokens: Tensor) -> None:
     for program in _programs(mixer, tokens):
         critical = program.beta_max()
         _expect(
-            critical > 0,
-            f"the head must see its tokens, but its predictions do not depend on the weights on these tokens ({_case(program)})",
+            critical > 0 or program.activation.count > 1,
+            "the head must see its tokens, but its predictions on them do not depend on its weights",
         )
+        if critical == 0:  # none of the sampled gates opens on these tokens
+            continue
         zero = program.objective(program.operator.zeros())
         above = solve(program.with_beta(1.001 * critical), tol=TOL, progress=False)
         _expect(

@@ -60,7 +60,7 @@ def program(mixer, activation="linear", loss=LOSSES[0], pool="mean", *, fraction
     else:
         targets = normal(*rows, mixer.outputs, seed=seed + 1).to(tokens)
     result = cvxlib.ConvexProgram(mixer, activation, loss, tokens, targets, 1.0, pool)
-    return result.with_beta(fraction * result.beta_max())
+    return result.with_beta(fraction * (result.beta_max() or 1.0))  # 0 where no gate opens
 
 
 def objective(program, head):

@@ -306,11 +306,11 @@ def _iterates(case, scale, seed):
         yield cvxlib.solve(case, max_iterations=2, solver=solver, tol=1e-12).certificate
 
 
-@settings(max_examples=250)
+@settings(max_examples=200)
 @given(instances())
 def test_the_dual_bound_never_exceeds_the_optimum(instance):
     case, scale, seed = instance
-    best = cvxlib.solve(case, tol=1e-7, max_iterations=5_000).certificate
+    best = cvxlib.solve(case, tol=1e-6, max_iterations=2_000).certificate
     # the optimum lies in [best.dual, best.primal]; the bounds must not be above it, the values not below
     assert best.dual <= best.primal * (1 + 1e-12)
     for certificate in _iterates(case, scale, seed):
