@@ -49,9 +49,16 @@ class PositionalModel(nn.Module):
 
     @classmethod
     def random(
-        cls, task: SpatialTask, *, diagonal: float | None = None, scale: float = 0.01, seed: int = 0, **activation
+        cls,
+        task: SpatialTask,
+        *,
+        diagonal: float | None = None,
+        scale: float = 0.01,
+        value_scale: float = 0.01,
+        seed: int = 0,
+        **activation,
     ) -> PositionalModel:
-        r"""A model to be trained on a task: normal entries of standard deviation ``scale``, and a fixed diagonal.
+        r"""A model to be trained on a task: normal scores of standard deviation ``scale``, a normal v of ``value_scale``, and a fixed diagonal.
 
         The diagonal is :math:`\sqrt d \log\big((D - 1) / C\big)` by default: at the start a patch gives itself about C / D of its attention.
         """
@@ -60,7 +67,7 @@ class PositionalModel(nn.Module):
         if diagonal is None:
             diagonal = d**0.5 * float(torch.tensor((count - 1) / task.sets.shape[1]).log())
         scores = scale * torch.randn(count, count, generator=generator, dtype=torch.float64)
-        value = scale * torch.randn(d, generator=generator, dtype=torch.float64)
+        value = value_scale * torch.randn(d, generator=generator, dtype=torch.float64)
         scores.fill_diagonal_(diagonal)
         return cls(scores.to(task.signal), value.to(task.signal), **activation)
 
