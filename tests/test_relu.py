@@ -218,7 +218,7 @@ def test_every_mixer_closes_its_gap_and_the_audit_agrees(name, pool):
 
 
 def test_above_beta_max_the_zero_network_is_optimal():
-    mixer, tokens, targets, loss = CASES["MLP"]
+    mixer, tokens, targets, _loss = CASES["MLP"]
     above = cvxlib.solve(relu_program(mixer, tokens, targets, 1.001), tol=1e-7)
     below = cvxlib.solve(relu_program(mixer, tokens, targets, 0.99), tol=1e-7)
     assert above.rank == 0 and above.status is Status.EXACT
@@ -226,7 +226,7 @@ def test_above_beta_max_the_zero_network_is_optimal():
 
 
 def test_trained_heads_are_certified():
-    mixer, tokens, targets, loss = CASES["MLP"]
+    mixer, tokens, targets, _loss = CASES["MLP"]
     program = relu_program(mixer, tokens, targets, 0.1)
     best = cvxlib.solve(program, tol=1e-6)
     head = cvxlib.Head.random(mixer, cvxlib.ReLU(), 8, dtype=torch.float64)
@@ -249,7 +249,7 @@ def test_a_path_of_beta_from_a_start_and_single_precision():
 
 
 def test_solver_and_activation_must_fit():
-    mixer, tokens, targets, loss = CASES["MLP"]
+    mixer, tokens, targets, _loss = CASES["MLP"]
     program = relu_program(mixer, tokens, targets, 0.3)
     with pytest.raises(ValueError, match="solver: expected 'relu' for ReLU"):
         cvxlib.solve(program, solver="proximal")
@@ -277,7 +277,7 @@ def test_gated_networks_become_relu_networks(name):
 
 
 def test_the_gated_optimum_over_all_patterns_bounds_relu_from_both_sides():
-    mixer, tokens, targets, loss = CASES["MLP"]
+    mixer, tokens, targets, _loss = CASES["MLP"]
     program = relu_program(mixer, tokens, targets, 0.1)
     relaxed = cvxlib.solve(program.relaxation(), tol=1e-6)
     converted = cvxlib.certify(program, cvxlib.gated_to_relu(relaxed.head(), tokens))
@@ -292,5 +292,5 @@ def test_a_cone_without_an_inside_is_a_clear_error():
     head = cvxlib.Head.random(mixer, gates, 1, dtype=torch.float64)
     with pytest.raises(ValueError, match="gate 0, whose cone has none"):
         cvxlib.gated_to_relu(head, tokens)
-    with pytest.raises(TypeError, match="head: expected a cvxlib.Head with GatedReLU"):
+    with pytest.raises(TypeError, match=r"head: expected a cvxlib\.Head with GatedReLU"):
         cvxlib.gated_to_relu(cvxlib.Head.random(mixer, cvxlib.ReLU(), 1), tokens)
