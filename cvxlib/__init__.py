@@ -22,6 +22,7 @@ from cvxlib.programs import ConvexProgram
 from cvxlib.recovery import factor
 from cvxlib.solution import Certificate, Factors, Solution, Status
 from cvxlib.solvers import solve
+from cvxlib.storage import load, save
 
 __version__ = "0.1.0"
 
@@ -53,5 +54,7 @@ __all__ = [
     "circulant_hidden",
     "factor",
     "gated_to_relu",
+    "load",
+    "save",
     "solve",
 ]

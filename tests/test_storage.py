@@ -1,0 +1,260 @@
+"""What is saved comes back, exactly; what is no whole file of ours is refused in one sentence; nothing in a file is executed."""
+
+import json
+import pickle
+from dataclasses import dataclass
+
+import pytest
+import safetensors.torch
+import torch
+from family import LOSSES, MIXERS, POOLS, activation_of, build, name, normal, program
+
+import cvxlib
+from cvxlib.storage import FORMAT
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "saved.safetensors"
+
+
+@pytest.fixture
+def saved(path):
+    """A head and its file."""
+    head = random_head(build(cvxlib.BlockFNO))
+    cvxlib.save(path, head)
+    return head
+
+
+def random_head(mixer, kind="gated", pool="mean", dtype=torch.float64):
+    return cvxlib.Head.random(mixer, activation_of(kind, mixer), 2, pool=pool, dtype=dtype)
+
+
+def rewritten(path, change):
+    """The file with its header (a dict) and its tensors changed."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["cvxlib"])
+    tensors = safetensors.torch.load_file(path)
+    header = change(header, tensors) or header
+    text = header if isinstance(header, str) else json.dumps(header)
+    safetensors.torch.save_file(tensors, path, metadata={"cvxlib": text})
+
+
+# there and back
+
+
+@pytest.mark.parametrize("kind", ["linear", "gated"])
+@pytest.mark.parametrize("mixer", MIXERS, ids=name)
+def test_a_head_comes_back(path, mixer, kind):
+    head = random_head(mixer, kind, None, torch.float32)
+    cvxlib.save(path, head)
+    back = cvxlib.load(path)
+    tokens = normal(3, 4, 2).float()
+    assert type(back) is cvxlib.Head
+    assert (back.mixer, back.pool, back.u.dtype) == (head.mixer, None, torch.float32)
+    assert torch.equal(back(tokens), head(tokens))
+    assert back.u.requires_grad
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=name)
+@pytest.mark.parametrize("loss", LOSSES, ids=name)
+@pytest.mark.parametrize("kind", ["linear", "gated"])
+@pytest.mark.parametrize("mixer", MIXERS, ids=name)
+def test_a_solution_comes_back_and_can_be_audited(path, mixer, kind, loss, pool):
+    solution = cvxlib.solve(program(mixer, kind, loss, pool), tol=1e-3)
+    cvxlib.save(path, solution)
+    back = cvxlib.load(path)
+    assert (back.certificate, back.status, back.solver, back.evaluations) == (
+        solution.certificate,
+        solution.status,
+        solution.solver,
+        solution.evaluations,
+    )
+    assert torch.equal(back.certificate.dual_point, solution.certificate.dual_point)
+    assert torch.equal(back.history, solution.history)
+    assert torch.equal(back.lifted, solution.lifted)
+    assert repr(back.program) == repr(solution.program)
+    audit = cvxlib.certify(back.program, back.head(), back.certificate.dual_point)
+    assert audit.relative_gap <= 1.001e-3
+
+
+def test_merged_gates_find_their_blocks_again(path):
+    mixer = build(cvxlib.MLP)
+    directions = cvxlib.GatedReLU.sample(mixer, count=3, seed=1).directions
+    case = program(mixer, cvxlib.GatedReLU(torch.cat([directions[:1], directions])), fraction=0.05)
+    solution = cvxlib.solve(case, tol=1e-6)
+    assert len(case.operator.gate) == 3
+    cvxlib.save(path, solution)
+    assert torch.equal(cvxlib.load(path).head().gate, solution.head().gate)
+
+
+def test_a_relu_head_and_solution_come_back(path):
+    mixer = build(cvxlib.MLP)
+    case = program(mixer, cvxlib.ReLU(limit=500), samples=3, fraction=0.3)
+    solution = cvxlib.solve(case, tol=1e-3)
+    cvxlib.save(path, solution)
+    back = cvxlib.load(path)
+    assert back.program.activation.limit == 500
+    assert back.certificate == solution.certificate
+    assert torch.equal(back.head()(case.tokens), solution.head()(case.tokens))
+    cvxlib.save(path, solution.head())
+    assert torch.equal(cvxlib.load(path)(case.tokens), solution.head()(case.tokens))
+
+
+def test_an_empty_head_comes_back(path):
+    case = program(build(cvxlib.MLP), fraction=2.0)
+    cvxlib.save(path, cvxlib.solve(case))
+    assert len(cvxlib.load(path).head()) == 0
+
+
+def test_a_warm_start_from_a_file(path):
+    case = program(build(cvxlib.SelfAttention), "gated")
+    cvxlib.save(path, cvxlib.solve(case, tol=1e-6))
+    again = cvxlib.solve(case, tol=1e-6, start=cvxlib.load(path))
+    assert again.evaluations < cvxlib.solve(case, tol=1e-6).evaluations
+
+
+@dataclass(frozen=True)
+class Mine(cvxlib.MLP):
+    """A mixer of one's own."""
+
+    scale: int
+
+    def hidden(self, tokens, u):
+        return self.scale * super().hidden(tokens, u)
+
+
+def test_a_mixer_of_ones_own_must_be_named_at_the_door(path):
+    head = random_head(Mine(features=2, outputs=2, scale=3))
+    cvxlib.save(path, head)
+    with pytest.raises(ValueError, match=r"load\(path, mixers=\[...\]\); got Mine$"):
+        cvxlib.load(path)
+    assert cvxlib.load(path, mixers=[Mine]).mixer == head.mixer
+
+
+def test_the_version_and_configuration_are_legible(path, saved):
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["cvxlib"])
+    assert (header["format"], header["version"], header["kind"]) == (FORMAT, cvxlib.__version__, "head")
+    assert header["mixer"] == {"name": "BlockFNO", "tokens": 4, "features": 2, "outputs": 2, "blocks": 2}
+
+
+# what is not ours
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file(path, saved, share):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(
+        ValueError, match=r"expected a whole file written by cvxlib\.save; got a truncated or foreign one"
+    ) as caught:
+        cvxlib.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"\x00" * 64, pickle.dumps({"u": 1}), b"PK\x03\x04" + bytes(100)], ids=range(5)
+)
+def test_a_foreign_file(path, content):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="got a truncated or foreign one"):
+        cvxlib.load(path)
+
+
+def test_a_pickle_is_not_executed(path):
+    marker = path.with_name("executed")
+
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    for write in (lambda: path.write_bytes(pickle.dumps(Attack())), lambda: torch.save(Attack(), path)):
+        write()
+        with pytest.raises(ValueError, match="got a truncated or foreign one"):
+            cvxlib.load(path)
+    assert not marker.exists()
+
+
+def test_safetensors_of_another_origin(path):
+    safetensors.torch.save_file({"u": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="got a safetensors file of another origin"):
+        cvxlib.load(path)
+
+
+def test_no_file(path):
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        cvxlib.load(path)
+
+
+CHANGES = {
+    "damaged header": lambda header, tensors: "{",
+    "does not say its format": lambda header, tensors: "[]",
+    "format 99, by cvxlib": lambda header, tensors: header | {"format": 99},
+    "got nn.Module": lambda header, tensors: header | {"mixer": {"name": "nn.Module"}},
+    "a mixer of this package": lambda header, tensors: header | {"mixer": {"name": "Mixer"}},
+    "an activation of this package": lambda header, tensors: header | {"activation": {"name": "os.system"}},
+    "fit together .KeyError: 'mixer'": lambda header, tensors: {k: v for k, v in header.items() if k != "mixer"},
+    "fit together .KeyError: 'song'": lambda header, tensors: header | {"kind": "song"},
+    "fit together .KeyError: 'u'": lambda header, tensors: tensors.__delitem__("u"),
+    "fit together .ValueError: v: expected shape": lambda header, tensors: tensors.update(v=tensors["v"][:1].clone()),
+    "fit together .ValueError: gate: expected indices 0 to 1": lambda header, tensors: tensors.update(
+        gate=tensors["gate"] + 7
+    ),
+    "fit together .TypeError": lambda header, tensors: header | {"mixer": header["mixer"] | {"cost": 1}},
+    "fit together .ValueError: outputs": lambda header, tensors: header | {"mixer": header["mixer"] | {"outputs": -2}},
+    "fit together .ValueError: pool": lambda header, tensors: header | {"pool": "max"},
+}
+
+
+@pytest.mark.parametrize("sentence", CHANGES)
+def test_a_file_that_does_not_fit_together(path, saved, sentence):
+    rewritten(path, CHANGES[sentence])
+    with pytest.raises(ValueError, match=sentence) as caught:
+        cvxlib.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_solution_whose_factors_do_not_fit(path):
+    cvxlib.save(path, cvxlib.solve(program(build(cvxlib.MLP), "gated")))
+    rewritten(path, lambda header, tensors: tensors.update(block=tensors["block"] + 99))
+    with pytest.raises(ValueError, match="does not fit together"):
+        cvxlib.load(path)
+
+
+# writing
+
+
+@pytest.mark.parametrize("value", [None, {"u": 1}, torch.nn.Linear(2, 2)])
+def test_what_is_neither_is_not_saved(path, value):
+    with pytest.raises(TypeError, match=r"value: expected a cvxlib\.Head or a cvxlib\.Solution"):
+        cvxlib.save(path, value)
+    assert not path.exists()
+
+
+def test_an_interrupted_write_leaves_the_old_file(path, saved, monkeypatch):
+    before = path.read_bytes()
+
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("cvxlib.storage.os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        cvxlib.save(path, random_head(build(cvxlib.MLP)))
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_is_replaced(path, saved):
+    head = random_head(build(cvxlib.MLP))
+    cvxlib.save(path, head)
+    assert cvxlib.load(path).mixer == head.mixer
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_from_and_to_a_gpu(path):
+    head = random_head(build(cvxlib.SelfAttention)).cuda()
+    cvxlib.save(path, head)
+    assert cvxlib.load(path).u.device.type == "cpu"
+    assert cvxlib.load(path, device="cuda").u.device.type == "cuda"
