@@ -2,14 +2,15 @@ r"""The baseline: train the non-convex head by AdamW, as a user would."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from tqdm import tqdm
 
-from cvxlib._checks import instance, positive_float, positive_int
+from cvxlib._checks import instance, positive_float, positive_int, require
 from cvxlib.certify import predict
 from cvxlib.heads import Head
 from cvxlib.programs import ConvexProgram
@@ -20,12 +21,12 @@ class Training:
     """The outcome of :func:`train`.
 
     Args:
-        head: the trained network.
+        head: the trained network, a :class:`cvxlib.Head` unless :func:`train` was given another.
         objective: (epochs + 1,) the regularised objective over all samples, before the first epoch and after each.
         interrupted: Ctrl-C ended the training; the head is the one of the last finished epoch.
     """
 
-    head: Head = field(repr=False)
+    head: nn.Module = field(repr=False)
     objective: Tensor = field(repr=False)
     interrupted: bool = False
 
@@ -38,7 +39,8 @@ class Training:
 def train(
     program: ConvexProgram,
     *,
-    heads: int,
+    heads: int | None = None,
+    head: nn.Module | None = None,
     epochs: int = 70,
     batch: int = 100,
     learning_rate: float = 5e-3,
@@ -57,7 +59,9 @@ def train(
 
     Args:
         program: supplies mixer, activation, loss, data, beta and pooling.
-        heads: neurons per gate and block.
+        heads: neurons per gate and block of a head with random weights.
+        head: the network to train, instead of ``heads``: a copy of it is trained. Besides a :class:`cvxlib.Head`, anything from tokens
+            to predictions with a ``weight_decay``, such as the networks of :mod:`cvxlib.baselines`.
         epochs: passes over the samples.
         batch: samples per step.
         learning_rate: after the warm-up.
@@ -74,21 +78,22 @@ def train(
     warmup_epochs = min(positive_int("warmup_epochs", warmup_epochs, least=0), epochs)
     learning_rate = positive_float("learning_rate", learning_rate)
     tokens, targets, n, beta = program.tokens, program.targets, program.samples, program.beta
-    head = Head.random(
-        program.mixer,
-        program.activation,
-        heads,
-        pool=program.pool,
-        seed=seed,
-        dtype=tokens.dtype,
-        device=tokens.device,
+    require(
+        (heads is None) != (head is None), "heads", "either heads or head", "both" if head is not None else "neither"
     )
+    if head is None:
+        head = Head.random(program.mixer, program.activation, heads, pool=program.pool, seed=seed, dtype=tokens.dtype)
+    head = copy.deepcopy(head).to(tokens)
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = _schedule(optimizer, learning_rate, epochs, warmup_epochs, warmup_rate, final_fraction)
     generator = torch.Generator().manual_seed(seed)
 
     def objective() -> float:
-        predictions = predict(head, tokens).reshape(-1, program.mixer.outputs)
+        with torch.no_grad():
+            parts = (
+                predict(head, tokens) if isinstance(head, Head) else torch.cat([head(x) for x in tokens.split(batch)])
+            )
+        predictions = parts.reshape(-1, program.mixer.outputs)
         return program.data_loss(predictions) + beta * float(head.weight_decay().detach())
 
     history, interrupted = [objective()], False
