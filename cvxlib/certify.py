@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import Tensor
 
-from cvxlib._checks import instance, require
+from cvxlib._checks import instance, require, wrong_type
 from cvxlib.activations import Activation, GatedReLU, ReLU
 from cvxlib.heads import Head
 from cvxlib.lifting import chunks
@@ -38,12 +38,14 @@ def certify(program: ConvexProgram, head: Head, dual_point: Tensor | None = None
         The certificate, evaluated in float64.
 
     Raises:
-        TypeError: ``head`` is not a :class:`cvxlib.Head`.
+        TypeError: ``head`` is not a :class:`cvxlib.Head`; for the networks of :mod:`cvxlib.baselines` the message says why not.
         ValueError: it belongs to another mixer, activation or pooling.
 
     Source: Fenchel duality; book, chapter "Self-attention".
     """
     instance("program", program, ConvexProgram, "a ConvexProgram")
+    if hasattr(head, "why_not_certified"):
+        raise wrong_type("head", "a cvxlib.Head", head.why_not_certified)
     instance("head", head, Head, "a cvxlib.Head (only heads of this form have the program's dual)")
     require(head.mixer == program.mixer, "head", f"a head of {program.mixer!r}", f"a head of {head.mixer!r}")
     require(head.pool == program.pool, "head", f"pool={program.pool!r}", f"a head with pool={head.pool!r}")
@@ -71,7 +73,9 @@ def certify(program: ConvexProgram, head: Head, dual_point: Tensor | None = None
 @torch.no_grad()
 def predict(head: Head, tokens: Tensor) -> Tensor:
     """Predictions of a head for tokens (n, s, d), in chunks of bounded memory."""
-    return torch.cat([head(part) for part in chunks(head.mixer, tokens, 3 * len(head) + head.activation.count)])
+    seen = head.mixer.split(tokens)[0]
+    sizes = [len(part) for part in chunks(head.mixer, seen, 3 * len(head) + head.activation.count)]
+    return torch.cat([head(part) for part in tokens.split(sizes)])
 
 
 def dual_norm(program: ConvexProgram, dual: Tensor) -> float:

@@ -25,8 +25,8 @@ CHUNK_BYTES = 128 * 2**20
 
 
 def chunks(mixer: Mixer, tokens: Tensor, heads: int) -> Iterator[Tensor]:
-    """Slices of the samples whose hidden matrices for ``heads`` heads stay within a fixed budget of memory."""
-    probe = mixer.hidden(mixer.split(tokens[:1])[0], tokens.new_zeros(1, *mixer.shape))
+    """Slices of the samples, as one block sees them, whose hidden matrices for ``heads`` heads stay within a fixed budget of memory."""
+    probe = mixer.hidden(tokens[:1], tokens.new_zeros(1, *mixer.shape))
     size = max(1, CHUNK_BYTES // (probe.numel() * heads * tokens.element_size()))
     return iter(tokens.split(size))
 

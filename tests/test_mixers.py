@@ -132,6 +132,26 @@ def test_block_structure_never_helps_the_fit():
     assert cvxlib.solve(blocks, tol=1e-6).objective >= cvxlib.solve(whole, tol=1e-6).certificate.dual
 
 
+@pytest.mark.parametrize("activation", ["linear", "gated"])
+@pytest.mark.parametrize("pool", POOLS, ids=name)
+def test_under_squared_loss_blocks_are_programs_of_their_own(activation, pool):
+    """Four features in each block, so that a block's share differs from a share of it."""
+    mixer, n = cvxlib.BlockFNO(tokens=3, features=8, outputs=4, blocks=2), 7
+    tokens, targets = normal(n, 3, 8), normal(n, *([] if pool else [3]), 4, seed=1)
+    gates = cvxlib.Linear() if activation == "linear" else cvxlib.GatedReLU.sample(mixer, count=2, seed=0)
+    case = cvxlib.ConvexProgram(mixer, gates, LOSSES[0], tokens, targets, 0.01, pool)
+    solution = cvxlib.solve(case, tol=1e-6)
+    assert certify(case, solution.head(), solution.certificate.dual_point).relative_gap < 1.1e-6
+    parts = 0.0
+    for b in range(2):
+        own = gates if activation == "linear" else cvxlib.GatedReLU(gates.directions[:, b])
+        half = cvxlib.ConvexProgram(
+            cvxlib.FNO(3, 4, 2), own, LOSSES[0], tokens.chunk(2, -1)[b], targets.chunk(2, -1)[b], 0.01, pool
+        )
+        parts += cvxlib.solve(half, tol=1e-6).objective
+    assert relative(solution.objective, parts) < 2e-6
+
+
 @pytest.mark.parametrize("mixer", MIXERS, ids=name)
 def test_repeated_gates_are_merged_and_leave_the_optimum(mixer):
     case = program(mixer, "gated", fraction=0.1)
