@@ -48,7 +48,7 @@ def test_recovered_network_has_the_programs_objective():
     solution = cvxlib.solve(program, tol=1e-4)
     head = solution.head()
     loss = torch.nn.functional.cross_entropy(head(program.tokens), program.targets)
-    objective = loss + program.beta * head.weight_decay()
+    objective = (loss + program.beta * head.weight_decay()).detach()
     assert float(objective) == pytest.approx(solution.objective, rel=1e-10)
     assert program.objective(solution.lifted) == pytest.approx(solution.objective, rel=1e-10)
     assert len(head) == solution.rank <= min(program.mixer.p, program.mixer.q)
