@@ -58,3 +58,18 @@ __all__ = [
     "save",
     "solve",
 ]
+
+#: loaded on first use, since they need scikit-learn; left out of ``__all__`` so that a star import does not
+_ESTIMATORS = ("ConvexHeadClassifier", "ConvexHeadRegressor")
+
+
+def __getattr__(name: str) -> type:
+    if name in _ESTIMATORS:
+        from cvxlib import estimators
+
+        return getattr(estimators, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ESTIMATORS})
