@@ -43,7 +43,7 @@ def pair_energy(Y: Tensor, W: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: arrays of the wrong kind or of shapes that do not fit.
 
-    Source: Yang, Huang and Wipf 2022, section 3; book, chapter "Transformers as optimisation".
+    Source: Yang, Huang and Wipf 2022; book, chapter "Transformers as optimisation".
     """
     Y = token_array("Y", Y)
     return _pairs(Y @ matrix("W", W, Y))
@@ -64,7 +64,7 @@ def attention_energy(Y: Tensor, W: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: arrays of the wrong kind or of shapes that do not fit.
 
-    Source: Yang, Huang and Wipf 2022, section 3; book, chapter "Transformers as optimisation", equation (1).
+    Source: Yang, Huang and Wipf 2022; book, chapter "Transformers as optimisation", equation (1).
     """
     Y = token_array("Y", Y)
     return energy_of(Y @ matrix("W", W, Y))
@@ -156,7 +156,7 @@ def attention_weights(
     Raises:
         TypeError, ValueError: arrays of the wrong kind or of shapes that do not fit; a sink without reweighting or with keys.
 
-    Source: Yang, Huang and Wipf 2022, section 3; book, chapter "Transformers as optimisation", equation (2).
+    Source: Yang, Huang and Wipf 2022; book, chapter "Transformers as optimisation", equation (2).
     """
     Y = token_array("Y", Y)
     W = matrix("W", W, Y)
@@ -201,7 +201,7 @@ def attention_step(
     Raises:
         TypeError, ValueError: as :func:`attention_weights`, and a step not above 0.
 
-    Source: Yang, Huang and Wipf 2022, section 3; book, chapter "Transformers as optimisation", theorems 1 to 3.
+    Source: Yang, Huang and Wipf 2022; book, chapter "Transformers as optimisation", theorems 1 to 3.
     """
     step = positive_float("step", step)
     Y = token_array("Y", Y)

@@ -31,7 +31,7 @@ def feedforward_energy(Y: Tensor, W: Tensor, B: Tensor, nonnegative: bool = Fals
     Raises:
         TypeError, ValueError: arrays of the wrong kind or of shapes that do not fit.
 
-    Source: Yang, Huang and Wipf 2022, section 4; book, chapter "Transformers as optimisation", equation (7).
+    Source: Yang, Huang and Wipf 2022; book, chapter "Transformers as optimisation", equation (7).
     """
     Y, W, B = _check(Y, W, B)
     value = ((Y @ W) * Y + (Y - B).square()).sum((-2, -1)) / 2
@@ -68,7 +68,7 @@ def feedforward_step(Y: Tensor, W: Tensor, B: Tensor, step: float = 1.0, nonnega
     Raises:
         TypeError, ValueError: arrays of the wrong kind or of shapes that do not fit, a step not above 0.
 
-    Source: Yang, Huang and Wipf 2022, section 4; book, chapter "Transformers as optimisation", equation (8).
+    Source: Yang, Huang and Wipf 2022; book, chapter "Transformers as optimisation", equation (8).
     """
     step = positive_float("step", step)
     Y = Y - step * feedforward_gradient(Y, W, B)

@@ -75,7 +75,7 @@ class EnergyLayer(nn.Module):
     Raises:
         TypeError, ValueError: weights of the wrong kind or shape, steps not above 0.
 
-    Source: Yang, Huang and Wipf 2022, section 4; book, chapter "Transformers as optimisation".
+    Source: Yang, Huang and Wipf 2022; book, chapter "Transformers as optimisation".
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class EnergyTransformer(nn.Module):
         seed: of the weights.
         options: passed to every :class:`EnergyLayer`.
 
-    Source: Yang, Huang and Wipf 2022, section 5; book, chapter "Transformers as optimisation".
+    Source: Yang, Huang and Wipf 2022; book, chapter "Transformers as optimisation".
     """
 
     def __init__(
