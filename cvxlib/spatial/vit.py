@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cvxlib._checks import positive_int, require
+from cvxlib._checks import positive_float, positive_int, require
 
 ATTENTIONS = ("positional", "vanilla")
 
@@ -88,6 +88,8 @@ class VisionTransformer(nn.Module):
         width: d, a multiple of ``heads``.
         depth: number of layers.
         heads: number of heads.
+        position_scale: standard deviation of the position vectors at the start. The customary 0.02 is slow to become visible
+            beside the patches, which short schedules do not forgive.
 
     Raises:
         ValueError: sizes that do not divide each other, or an unknown attention.
@@ -107,6 +109,7 @@ class VisionTransformer(nn.Module):
         width: int = 384,
         depth: int = 7,
         heads: int = 12,
+        position_scale: float = 1.0,
     ) -> None:
         super().__init__()
         require(attention in ATTENTIONS, "attention", "'positional' or 'vanilla'", attention)
@@ -126,7 +129,7 @@ class VisionTransformer(nn.Module):
         self.embed = timm_layers().PatchEmbed(image_size, patch, channels, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.empty(self.embed.num_patches + 1, width))
-        nn.init.trunc_normal_(self.positions, std=0.02 if attention == "vanilla" else 1.0)
+        nn.init.trunc_normal_(self.positions, std=positive_float("position_scale", position_scale))
         nn.init.trunc_normal_(self.class_token, std=0.02)
         self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(positive_int("depth", depth)))
         self.norm, self.classifier = nn.LayerNorm(width), nn.Linear(width, classes)
