@@ -115,6 +115,8 @@ def enumerate_patterns(rows: Tensor, limit: int = 20_000, progress: bool | None 
         inner, complete = np.zeros((1, 0)), True
     elif normals.shape[1] == 1:
         inner, complete = np.array([[1.0], [-1.0]]), True
+    elif 2 * len(normals) > limit:  # N hyperplanes cut out at least 2 N cones
+        inner, complete = normals[:1], False
     elif normals.shape[1] == 2:
         inner, complete = _plane(normals), True
     else:
@@ -155,14 +157,18 @@ def hyperplanes(rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
     basis = basis[sigma > RESOLUTION * sigma[0] * max(matrix.shape) ** 0.5]
     normals = matrix @ basis.T
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    # parallel rows, all turned to one side, are neighbours in the order of any projection
+    turn, key = np.random.default_rng(0).standard_normal((2, normals.shape[1]))
+    side = np.where(normals @ turn >= 0, 1.0, -1.0)[:, None] * normals
+    keys = side @ key
     distinct: list[int] = []
-    for index, normal in enumerate(normals):
-        # the sine of the angle, which unlike 1 - cosine resolves small angles
-        others = normals[distinct]
-        sine = np.linalg.norm(others * (others @ normal)[:, None] - normal * ((others @ normal) ** 2)[:, None], axis=1)
-        if not (np.abs(others @ normal) > 0.5)[sine < RESOLUTION].any():
+    recent: list[int] = []
+    for index in np.argsort(keys, kind="stable"):
+        recent = [k for k in recent if keys[index] - keys[k] <= RESOLUTION * np.linalg.norm(key)]
+        if all(np.linalg.norm(side[index] - side[k]) > RESOLUTION for k in recent):
             distinct.append(index)
-    return normals[distinct], basis
+            recent.append(index)
+    return normals[sorted(distinct)], basis
 
 
 def inner_point(cone: np.ndarray) -> np.ndarray | None:
@@ -200,6 +206,11 @@ def _incremental(normals: np.ndarray, limit: int, progress: bool | None) -> tupl
     drawn = np.random.default_rng(0).standard_normal((min(20 * limit, 20_000), rank))
     drawn *= np.sign(drawn @ normals[0])[:, None]
     seen = (drawn @ normals.T > 0).astype(np.uint8)
+    met = np.unique(np.packbits(seen, axis=1), axis=0, return_index=True)[1]
+    if 2 * len(met) > limit:
+        return np.concatenate([drawn[met], -drawn[met]]) / np.linalg.norm(
+            drawn[np.r_[met, met]], axis=1, keepdims=True
+        ), False
 
     cells = [(np.array([1.0]), normals[0])]
     bar = tqdm(total=count - 1, desc="hyperplanes", disable=None if progress is None else not progress, delay=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from cvxlib.losses import Loss
 from cvxlib.mixers import Mixer
 from cvxlib.norms import BlockConeNorm, BlockNuclearNorm
 from cvxlib.solution import Certificate, Factors
+
+#: stacked data of a ReLU with more entries than this are not formed: then no lower bound but 0 is left
+LARGEST_STACK = 50_000_000
 
 
 class ConvexProgram:
@@ -92,10 +96,18 @@ class ConvexProgram:
     @functools.cached_property
     def enumerated(self) -> bool:
         """Whether the gates are finitely many and known; false for a ReLU with more sign patterns than its limit."""
+        if isinstance(self.activation, ReLU) and 2 * self.stacked * self.mixer.p > LARGEST_STACK:
+            return False
         try:
             return self.gates is not None
         except ValueError:
             return False
+
+    @functools.cached_property
+    def stacked(self) -> int:
+        """R, the number of rows of the stacked data of one block: samples times output positions times hidden entries."""
+        seen = self.mixer.split(self.tokens[:1])[0]
+        return self.samples * self.mixer.hidden(seen, seen.new_zeros(1, *self.mixer.shape)).numel()
 
     @functools.cached_property
     def norm(self) -> BlockNuclearNorm | BlockConeNorm:
@@ -149,10 +161,13 @@ class ConvexProgram:
     def dual_norm(self, point: Tensor) -> float:
         r"""The dual norm :math:`\max_k \|\tfrac1n A_k^*\rho\|_\circ` of a point (rows, c); for ReLU an upper bound on it.
 
-        The bound is exact where every cone could be searched through, and needs no pattern where they cannot be enumerated.
+        The bound is exact where every cone could be searched through, and needs no pattern where they cannot be enumerated; it is
+        infinite where the stacked data are too large to be formed.
         """
         if self.enumerated:
             return float(self.norm.dual(self.operator.adjoint(point))) / self.samples
+        if self.stacked * self.mixer.p > LARGEST_STACK:
+            return math.inf
         per_sample = point.reshape(self.samples, -1, self.mixer.blocks, self.mixer.block_outputs).double().cpu()
         bounds = [
             any_pattern_bound(

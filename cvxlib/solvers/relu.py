@@ -9,6 +9,7 @@ Source: Pilanci and Ergen 2020 (the program); book, chapter "ReLU and its cones"
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,7 +120,6 @@ class _Search:
     def __init__(self, program: ConvexProgram, max_iterations: int, precision: float) -> None:
         self.program, self.precision, self.limit = program, precision, max_iterations
         self.tokens = program.mixer.split(program.tokens)
-        self.planes = [hyperplanes(lifted_rows(program.mixer, seen)) for seen in self.tokens]
         mixer = program.mixer
         empty = program.tokens.new_zeros(0, mixer.p)
         none = _Neurons(
@@ -133,6 +133,17 @@ class _Search:
             if program.enumerated
             else "more sign patterns than the limit"
         )
+
+    @functools.cached_property
+    def planes(self) -> list[np.ndarray]:
+        """For each block of the mixer the unit normals (N, p) of its hyperplanes."""
+        pairs = [hyperplanes(lifted_rows(self.program.mixer, seen)) for seen in self.tokens]
+        return [normals @ basis for normals, basis in pairs]
+
+    def polishable(self, m: int) -> bool:
+        """Whether m neurons and their walls are few enough for Newton's method."""
+        weights = m * (self.program.mixer.p + self.program.mixer.q)
+        return 0 < weights <= LARGEST_NEWTON and (self.program.enumerated or self.program.stacked <= LARGEST_NEWTON)
 
     # the network
 
@@ -187,10 +198,12 @@ class _Search:
             return _Neurons(u, v, block, neurons.inside[alive])
         if self.program.enumerated:
             inside = [self.program.norm.direction(k) for k in self.program.norm.locate(u, block).tolist()]
+        elif not self.polishable(len(u)):
+            inside = list(u.cpu().numpy())
         else:
             inside = []
             for vector, b in zip(u.cpu().numpy(), block.tolist(), strict=True):
-                rows = self.planes[b][0] @ self.planes[b][1]
+                rows = self.planes[b]
                 found = inner_point(np.where(rows @ vector >= 0, 1.0, -1.0)[:, None] * rows)
                 inside.append(vector if found is None else found)
         return _Neurons(u, v, block, torch.as_tensor(np.array(inside).reshape(u.shape)).to(u))
@@ -227,8 +240,8 @@ class _Search:
 
     def polish(self, neurons: _Neurons) -> _Neurons:
         """A local minimum with every neuron held in its cone, where the problem is small enough for Newton's method."""
-        mixer, m = self.program.mixer, len(neurons)
-        if m == 0 or m * (mixer.p + mixer.q) > LARGEST_NEWTON:
+        mixer = self.program.mixer
+        if not self.polishable(len(neurons)):
             return neurons
         members = [(neurons.block == b).nonzero().squeeze(1) for b in range(mixer.blocks)]
         designs = []
@@ -283,7 +296,7 @@ class _Search:
         else:
             cones = []
             for inside, b in zip(neurons.inside.cpu().numpy(), neurons.block.tolist(), strict=True):
-                rows = self.planes[b][0] @ self.planes[b][1]
+                rows = self.planes[b]
                 cones.append(np.sign(rows @ inside)[:, None] * rows)
         walls = np.zeros((len(cones), max(map(len, cones)), neurons.u.shape[1]))
         for wall, cone in zip(walls, cones, strict=True):
