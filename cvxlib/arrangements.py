@@ -206,7 +206,7 @@ def _incremental(normals: np.ndarray, limit: int, progress: bool | None) -> tupl
     drawn = np.random.default_rng(0).standard_normal((min(20 * limit, 20_000), rank))
     drawn *= np.sign(drawn @ normals[0])[:, None]
     seen = (drawn @ normals.T > 0).astype(np.uint8)
-    met = np.unique(np.packbits(seen, axis=1), axis=0, return_index=True)[1]
+    met = list({row.tobytes(): index for index, row in enumerate(np.packbits(seen, axis=1))}.values())
     if 2 * len(met) > limit:
         return np.concatenate([drawn[met], -drawn[met]]) / np.linalg.norm(
             drawn[np.r_[met, met]], axis=1, keepdims=True
