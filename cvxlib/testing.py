@@ -209,7 +209,7 @@ def check_adjoint(mixer: Mixer, tokens: Tensor) -> None:
 
 def check_beta_max(mixer: Mixer, tokens: Tensor) -> None:
     """At beta_max the solution is 0, a little below it is not."""
-    for program in _programs(mixer, tokens):
+    for program in _programs(mixer, tokens, losses=1):
         critical = program.beta_max()
         _expect(
             critical > 0 or program.activation.count > 1,
