@@ -124,3 +124,11 @@ def test_every_page_is_in_the_table_of_contents():
         if p.suffix in {".md", ".ipynb"} and ".ipynb_checkpoints" not in p.parts
     }
     assert listed == pages
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "book" / "experiments").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_experiments_write_beside_the_build_by_default(path):
+    """Rerunning a notebook must not overwrite the results that are kept with the book."""
+    cells = json.loads(path.read_text())["cells"]
+    (parameters,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    assert f'"../../_build/experiments/{path.stem}.json"' in "".join(parameters["source"])
