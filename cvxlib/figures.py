@@ -83,7 +83,9 @@ def convergence(solutions: Mapping[str, Solution]) -> Figure:
         evaluations, primal, dual = solution.history.T
         left.plot(evaluations, primal, color=colour, label=f"{label}: primal")
         left.plot(evaluations, dual, color=colour, ls="--", label=f"{label}: dual bound")
-        right.semilogy(evaluations, (primal - dual) / torch.maximum(primal.abs(), dual.abs()), color=colour, label=label)
+        right.semilogy(
+            evaluations, (primal - dual) / torch.maximum(primal.abs(), dual.abs()), color=colour, label=label
+        )
     first = next(iter(solutions.values()))
     left.set(xlabel="evaluations", ylabel="objective", ylim=(0, 3 * max(s.objective for s in solutions.values())))
     right.set(xlabel="evaluations", ylabel="certified relative gap")

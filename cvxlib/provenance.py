@@ -33,7 +33,12 @@ def provenance(seed: int, device: torch.device | str = "cpu") -> dict:
     machine = f"{_processor()}, {os.cpu_count()} cores"
     if device.type == "cuda":
         machine += f"; {torch.cuda.get_device_name(device)}"
-    return {"machine": machine, "system": f"{platform.system()} {platform.machine()}", "versions": versions, "seed": seed}
+    return {
+        "machine": machine,
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+        "seed": seed,
+    }
 
 
 def write_json(path: str | Path, data: dict) -> Path:

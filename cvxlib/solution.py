@@ -22,8 +22,12 @@ class Status(enum.StrEnum):
     STALLED = "Rounding stopped the progress before the tolerance was met: use float64 or loosen tol."
     EXACT = "Exact: all cones were searched, and both bounds agree within the tolerance."
     INTERVAL = "Interval: all cones were searched, but no network was found that meets the lower bound; raise max_iterations or loosen tol."
-    INTERVAL_CONES = "Interval: the search through some cone stopped at its limit of faces, so the lower bound is not tight."
-    INTERVAL_PATTERNS = "Interval: more sign patterns than ReLU's limit, so the lower bound is one that holds for any pattern."
+    INTERVAL_CONES = (
+        "Interval: the search through some cone stopped at its limit of faces, so the lower bound is not tight."
+    )
+    INTERVAL_PATTERNS = (
+        "Interval: more sign patterns than ReLU's limit, so the lower bound is one that holds for any pattern."
+    )
     UPPER_BOUND = "Upper bound only: the lower bound says no more than that the loss is not negative."
     INTERRUPTED = "The solve was interrupted: this is the best certified iterate so far."
 

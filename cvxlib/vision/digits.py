@@ -92,5 +92,7 @@ def position_features(grid: int, frequencies: int = 1) -> Tensor:
     """
     centre = (torch.arange(positive_int("grid", grid), dtype=torch.float64) + 0.5) / grid
     row, column = torch.meshgrid(centre, centre, indexing="ij")
-    angles = torch.stack([torch.pi * k * axis.flatten() for axis in (row, column) for k in range(1, frequencies + 1)], 1)
+    angles = torch.stack(
+        [torch.pi * k * axis.flatten() for axis in (row, column) for k in range(1, frequencies + 1)], 1
+    )
     return torch.cat([angles.cos(), angles.sin()], 1)
