@@ -126,6 +126,8 @@ class _Search:
             empty, empty.new_zeros(0, mixer.q), torch.zeros(0, dtype=torch.long, device=empty.device), empty
         )
         self.best, self.value = none, self.objective(none)
+        #: the last polished network as Newton's method left it: its residual is the most accurate, its objective perhaps not the least
+        self.last = none
         self.dual, self.point = -float("inf"), None
         self.evaluations, self.rounds, self.history = 1, 0, []
         self.space = (
@@ -260,8 +262,8 @@ class _Search:
         precision = 0.02 * self.precision * max(abs(self.value), 1e-300)
         u, v = barrier.polish(network, u, neurons.v, precision, self.count)
         polished = self.settle(_Neurons(u, v, neurons.block, neurons.inside))
-        self.precision = max(self.precision / 10, 1e-13)
-        merged = self.merge(polished)
+        self.precision = max(self.precision / 10, 1e-12)
+        self.last, merged = polished, self.merge(polished)
         return merged if self.objective(merged) <= self.objective(polished) * (1 + 1e-14) else polished
 
     def merge(self, neurons: _Neurons) -> _Neurons:
@@ -321,10 +323,11 @@ class _Search:
     # lower bound
 
     def bound(self) -> tuple[bool, list]:
-        """Improve the lower bound by the best network's residual; also the oracle's answers, and whether its search was complete."""
+        """Improve the lower bound by the residual of the last polished network; also the oracle's answers, and whether its search was complete."""
         program = self.program
         self.rounds += 1
-        residual = program.loss.gradient(self.predictions(self.best), program.rows)
+        self.last = self.last if len(self.last) else self.best
+        residual = program.loss.gradient(self.predictions(self.last), program.rows)
         complete, terms = True, []
         if program.enumerated:
             gradient = program.operator.adjoint(residual) / program.samples
