@@ -294,3 +294,12 @@ def test_a_cone_without_an_inside_is_a_clear_error():
         cvxlib.gated_to_relu(head, tokens)
     with pytest.raises(TypeError, match=r"head: expected a cvxlib\.Head with GatedReLU"):
         cvxlib.gated_to_relu(cvxlib.Head.random(mixer, cvxlib.ReLU(), 1), tokens)
+
+
+def test_without_stacked_data_there_is_an_upper_bound_only(monkeypatch):
+    mixer, tokens, targets, loss = CASES["MLP"]
+    monkeypatch.setattr(cvxlib.programs, "LARGEST_STACK", 5)
+    program = cvxlib.ConvexProgram(mixer, cvxlib.ReLU(), loss, tokens, targets, 0.01)
+    solution = cvxlib.solve(program)
+    assert solution.status is Status.UPPER_BOUND and solution.certificate.dual == 0 < solution.objective
+    assert solution.objective < program.data_loss(torch.zeros_like(targets))  # the training itself still works

@@ -338,7 +338,7 @@ class _Search:
             # a residual whose bound is k times too large must be shrunk; that of a network trained at beta / k need not be
             neurons, norm = self.best, self.offer(residual, program.dual_norm(residual))
             beta = program.beta
-            for _ in range(SHADOWS if norm > program.beta else 0):
+            for _ in range(SHADOWS if program.beta < norm < np.inf else 0):
                 beta *= program.beta / norm
                 neurons = self.train(neurons, beta=beta)
                 residual = program.loss.gradient(self.predictions(neurons), program.rows)
