@@ -6,13 +6,15 @@ Both take tokens (n, s, d) to predictions as :class:`cvxlib.Head` does, and have
 
 from __future__ import annotations
 
+import abc
+
 import torch
 from torch import Tensor, nn
 
 from cvxlib._checks import positive_int, require
 
 
-class Baseline(nn.Module):
+class Baseline(nn.Module, abc.ABC):
     """A network outside the family: anything from tokens to predictions."""
 
     #: what the network is, and why no certificate exists for it, for the sentence that refuses one
@@ -23,9 +25,9 @@ class Baseline(nn.Module):
         require(pool in ("mean", None), "pool", "'mean' or None", repr(pool))
         self.pool = pool
 
+    @abc.abstractmethod
     def per_token(self, tokens: Tensor) -> Tensor:
         """Predictions (n, s, c) for tokens (n, s, d)."""
-        raise NotImplementedError
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Predictions for tokens (n, s, d): (n, c) when pooled, (n, s, c) when not."""
