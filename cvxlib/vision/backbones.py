@@ -291,7 +291,7 @@ def lite0_weights() -> dict[str, Tensor]:
     Returns:
         The state dict.
 
-    Source: the weights and their preprocessing, Tan and Le 2019 and
+    Source: Tan and Le 2019, *EfficientNet*; the weights and their preprocessing,
         https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite; the package is Apache-2.0.
     """
     import timm

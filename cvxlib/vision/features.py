@@ -162,7 +162,7 @@ class TokenStore:
         if state.exists():
             try:
                 self.blocks = self._read_state(state)
-                self.array = np.load(path, mmap_mode="r+")
+                self.array = np.load(path, mmap_mode="r")
                 if (self.array.shape, self.array.dtype) != (self.shape, np.dtype(self.key["dtype"])):
                     raise ValueError("an array of another shape or type")
                 self._verify(count)
@@ -181,6 +181,8 @@ class TokenStore:
             raise wrong_value(
                 "dtype", "one that holds all tokens, such as 'float32'", f"{block.dtype}: infinite or NaN tokens"
             )
+        if not self.array.flags.writeable:
+            self.array = np.load(self.folder / "tokens.npy", mmap_mode="r+")
         start, end = self.done, self.done + len(block)
         self.array[start:end] = block
         self.blocks.append([end, zlib.crc32(block)])
@@ -188,7 +190,8 @@ class TokenStore:
 
     def read(self, count: int) -> np.ndarray:
         """The first ``count`` samples, memory-mapped for reading."""
-        self.array.flush()
+        if self.array.flags.writeable:
+            self.array.flush()
         return np.load(self.folder / "tokens.npy", mmap_mode="r")[:count]
 
     def _read_state(self, path: Path) -> list[list[int]]:
