@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from cvxlib.vision import Features, ImageSplit, Preparation, backbone, extract_features, position_features, prepare
-from cvxlib.vision import backbones as backbones_module
-from cvxlib.vision.backbones import Backbone, lite0_weights
+from cvxlib.vision.backbones import Backbone
 from cvxlib.vision.features import balanced_order
+from cvxlib.vision.weights import cached_file, lite0_weights, reachable, read_weights
 
 timm = pytest.importorskip("timm")
 lite0 = pytest.mark.skipif(
@@ -80,6 +80,10 @@ def test_tokens_of_a_convolutional_model_are_its_map():
     torch.testing.assert_close(tokens[:, 3 * 1 + 2], features[:, :, 1, 2])
 
 
+def test_the_papers_backbone_mixes_196_tokens_of_256_features():
+    assert backbone("gmlp_s16_224", pretrained=False).shape == (196, 256)
+
+
 def test_a_backbone_is_frozen_and_evaluates():
     model = tiny("test_efficientnet")
     assert not model.module.training
@@ -141,6 +145,14 @@ def test_a_weights_file_cannot_run_code(tmp_path):
         tiny(weights=tmp_path / "exploit.pth")
 
 
+def test_a_model_without_pretrained_weights_takes_a_file(tmp_path):
+    source = backbone("mixer_s32_224", pretrained=False, seed=1)
+    torch.save({"state_dict": source.module.state_dict()}, tmp_path / "mixer.pth")
+    assert backbone("mixer_s32_224", weights=tmp_path / "mixer.pth").fingerprint == source.fingerprint
+    with pytest.raises(ValueError, match="weights and sizes that fit mixer_s32_224 at image_size=64"):
+        backbone("mixer_s32_224", weights=tmp_path / "mixer.pth", image_size=64)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -188,14 +200,14 @@ def test_cached_weights_need_no_hub(hub):
     assert backbone("test_vit", image_size=32).fingerprint == source.fingerprint
 
 
-def test_weights_published_at_a_plain_address(hub, monkeypatch):
+def test_weights_published_at_a_plain_address(hub):
     config = timm.get_pretrained_cfg("gcvit_xxtiny")
     assert config.url and not config.hf_hub_id
-    assert backbones_module._cached_file(config) is None
+    assert cached_file(config) is None
     path = hub / "torch" / "hub" / "checkpoints" / config.url.rsplit("/", 1)[-1]
     path.parent.mkdir(parents=True)
     path.touch()
-    assert backbones_module._cached_file(config) == path
+    assert cached_file(config) == path
 
 
 def test_a_host_that_answers_anything_is_reachable():
@@ -209,10 +221,10 @@ def test_a_host_that_answers_anything_is_reachable():
     server = http.server.HTTPServer(("127.0.0.1", 0), NotFound)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    assert backbones_module._reachable(url)
+    assert reachable(url)
     server.shutdown()
     server.server_close()
-    assert not backbones_module._reachable(url)
+    assert not reachable(url)
 
 
 # the weights that come with a package
@@ -260,7 +272,7 @@ def test_lite0_names_are_timms_each_once():
     expected = timm.create_model("tf_efficientnet_lite0").state_dict()
     state = lite0_weights()
     assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in expected.items()}
-    assert len(state) == len(backbones_module.read_weights(lite0_path()))
+    assert len(state) == len(read_weights(lite0_path()))
 
 
 def lite0_path():
@@ -274,7 +286,7 @@ def lite0_path():
 def test_lite0_computes_what_the_original_computes(size):
     model = backbone("tf_efficientnet_lite0", image_size=size)
     images = torch.stack([model.transform(picture) for picture in pictures()])
-    expected = lite0_logits(backbones_module.read_weights(lite0_path()), images)
+    expected = lite0_logits(read_weights(lite0_path()), images)
     torch.testing.assert_close(model.module(images), expected, rtol=1e-4, atol=1e-4)
     pooled = model.tokens(images).mean(1)
     torch.testing.assert_close(model.module.classifier(pooled), expected, rtol=1e-4, atol=1e-4)
