@@ -63,7 +63,8 @@ def extract_features(
 
     Images come in the order of :func:`balanced_order`, so a smaller choice is the beginning of a larger one and shares its file.
     An interrupt loses one batch at most: the next call goes on from there. What was stored is verified by checksums each time;
-    from the first damaged batch on it is computed again, with a warning.
+    from the first damaged batch on it is computed again, with a warning. Tokens computed on a GPU differ from those of a CPU by
+    rounding; the cache does not tell them apart.
 
     Args:
         backbone: from :func:`cvxlib.vision.backbone`.
