@@ -11,9 +11,8 @@ gradients are then matrix products.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +21,19 @@ from cvxlib.activations import Activation
 from cvxlib.mixers import Mixer
 
 CHUNK_BYTES = 128 * 2**20
+
+
+class OneProcess:
+    """Sums over the processes that share a program's samples, when there is one."""
+
+    rank = 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The sum of every process's tensor."""
+        return tensor
+
+
+ALONE = OneProcess()
 
 
 def chunks(mixer: Mixer, tokens: Tensor, heads: int) -> Iterator[Tensor]:
@@ -56,54 +68,61 @@ def block_design(mixer: Mixer, tokens: Tensor, masks: Tensor, pooled: bool) -> T
     )
 
 
-@dataclass(frozen=True)
 class LiftedOperator:
     r"""The linear map from lifted blocks (K, p, q) to predictions (rows, c), and its adjoint.
 
-    Gates that agree on all the data are one gate, and gates that never open are dropped (unless none ever does), so K may be less than P B.
+    Gates that agree on all the data are one gate, and gates that never open are dropped (unless none ever does), so K may be less than
+    P B. The design tensors are formed when they are first needed.
 
     Args:
-        designs: for each block b the design tensor (rows, K_b, p, w) of its gates.
-        gate: (K,) the gate of each lifted block, in order of b.
-        block: (K,) the block b of each lifted block.
-        outputs: c.
+        mixer: the mixer.
+        activation: its gates.
+        tokens: (n, s, d).
+        pooled: average over the output positions.
+        reduce: sums a tensor over all processes that hold samples; by default there is one.
     """
 
-    designs: tuple[Tensor, ...]
-    gate: Tensor
-    block: Tensor
-    outputs: int
+    def __init__(
+        self, mixer: Mixer, activation: Activation, tokens: Tensor, pooled: bool, reduce: OneProcess = ALONE
+    ) -> None:
+        self.mixer, self.activation, self.tokens, self.pooled, self.reduce = mixer, activation, tokens, pooled, reduce
+        kept = [
+            distinct_gates(mixer, activation, seen, b, reduce) for b, seen in enumerate(mixer.split(tokens))
+        ]
+        #: (K,) the gate of each lifted block, in order of the mixer's blocks
+        self.gate = torch.tensor([g for gates in kept for g in gates], device=tokens.device)
+        #: (K,) the mixer's block of each lifted block
+        self.block = torch.tensor([b for b, gates in enumerate(kept) for _ in gates], device=tokens.device)
+        self.outputs = mixer.outputs
 
-    @classmethod
-    def build(cls, mixer: Mixer, activation: Activation, tokens: Tensor, pooled: bool) -> LiftedOperator:
-        """The operator of a mixer and its gates on tokens (n, s, d)."""
-        designs, gate, block = [], [], []
-        for b, seen in enumerate(mixer.split(tokens)):
-            kept = distinct_gates(mixer, activation, seen, b)
-            parts = []
-            for part in chunks(mixer, seen, mixer.p + 2 * activation.count):
-                masks = activation.masks(mixer, part, b)[:, kept]
-                parts.append(block_design(mixer, part, masks, pooled))
-            designs.append(torch.cat(parts).flatten(0, 0 if pooled else 1))
-            gate += kept
-            block += [b] * len(kept)
-        device = tokens.device
-        return cls(tuple(designs), torch.tensor(gate, device=device), torch.tensor(block, device=device), mixer.outputs)
+    @functools.cached_property
+    def designs(self) -> tuple[Tensor, ...]:
+        """For each of the mixer's blocks b the design tensor (rows, K_b, p, w) of its gates."""
+        designs = []
+        for b, seen in enumerate(self.mixer.split(self.tokens)):
+            kept, parts = self.gate[self.block == b], []
+            for part in chunks(self.mixer, seen, self.mixer.p + 2 * self.activation.count):
+                masks = self.activation.masks(self.mixer, part, b)[:, kept]
+                parts.append(block_design(self.mixer, part, masks, self.pooled))
+            designs.append(torch.cat(parts).flatten(0, 0 if self.pooled else 1))
+        return tuple(designs)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(K, p, q) of the lifted blocks."""
-        _, _, p, w = self.designs[0].shape
-        return len(self.gate), p, w * self.outputs // len(self.designs)
+        return len(self.gate), self.mixer.p, self.mixer.q
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
-        """Number of predictions: n when pooled, n times the output positions when not."""
-        return len(self.designs[0])
+        """Number of predictions here: n when pooled, n times the output positions when not."""
+        if self.pooled:
+            return len(self.tokens)
+        seen = self.mixer.split(self.tokens[:1])[0]
+        return len(self.tokens) * self.mixer.hidden(seen, seen.new_zeros(1, *self.mixer.shape)).shape[2]
 
     def zeros(self) -> Tensor:
         """(K, p, q) the lifted zero."""
-        return self.designs[0].new_zeros(self.shape)
+        return self.tokens.new_zeros(self.shape)
 
     def forward(self, z: Tensor) -> Tensor:
         """(rows, c) predictions of lifted blocks (K, p, q)."""
@@ -115,22 +134,40 @@ class LiftedOperator:
     def adjoint(self, dual: Tensor) -> Tensor:
         """(K, p, q) the adjoint applied to (rows, c)."""
         parts = dual.chunk(len(self.designs), 1)
-        return torch.cat(
-            [
-                (design.flatten(1).mT @ part).reshape(design.shape[1], design.shape[2], -1)
-                for design, part in zip(self.designs, parts, strict=True)
-            ]
+        return self.reduce(
+            torch.cat(
+                [
+                    (design.flatten(1).mT @ part).reshape(design.shape[1], design.shape[2], -1)
+                    for design, part in zip(self.designs, parts, strict=True)
+                ]
+            )
         )
 
 
-def distinct_gates(mixer: Mixer, activation: Activation, tokens: Tensor, block: int) -> list[int]:
+def distinct_gates(
+    mixer: Mixer, activation: Activation, tokens: Tensor, block: int, reduce: OneProcess = ALONE
+) -> list[int]:
     """Gates of a block that open somewhere and differ from each other somewhere on tokens (n, s, d): the first of equals, and never none."""
-    digests = [hashlib.blake2b() for _ in range(activation.count)]
-    opens = torch.zeros(activation.count, dtype=torch.bool, device=tokens.device)
-    for part in chunks(mixer, tokens, 2 * activation.count):
-        masks = activation.masks(mixer, part, block).flatten(2)
-        opens |= masks.any(2).any(0)
-        for digest, mask in zip(digests, masks.transpose(0, 1).to("cpu", copy=False), strict=True):
-            digest.update(mask.contiguous().numpy().data)
-    first = {digest.digest(): g for g, digest in reversed(list(enumerate(digests)))}
-    return sorted(g for g in first.values() if opens[g]) or [0]
+    if activation.count == 1:
+        return [0]
+    # two sums of random 64-bit numbers over the open entries tell masks apart: they add up over chunks and over processes
+    generator, same = torch.Generator().manual_seed(1 + reduce.rank), torch.Generator().manual_seed(0)
+    digests = torch.zeros(activation.count, 2, dtype=torch.int64, device=tokens.device)
+    entry = None
+    for part in chunks(mixer, tokens, 9 * activation.count):
+        masks = activation.masks(mixer, part, block).flatten(2)  # (n, P, a h)
+        if entry is None:
+            entry = _random_int64(masks.shape[2], same).to(tokens.device)
+        per_sample = (masks * entry).sum(2)
+        sample = _random_int64(2 * len(part), generator).reshape(2, -1, 1).to(tokens.device)
+        digests += (sample * per_sample).sum(1).mT
+    found: dict[tuple[int, ...], int] = {}
+    for g, digest in reversed(list(enumerate(map(tuple, reduce(digests).tolist())))):
+        found[digest] = g
+    found.pop((0, 0), None)  # never open
+    return sorted(found.values()) or [0]
+
+
+def _random_int64(count: int, generator: torch.Generator) -> Tensor:
+    """Odd 64-bit numbers."""
+    return torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1

@@ -52,6 +52,10 @@ class Loss(abc.ABC):
     def hessian_product(self, predictions: Tensor, directions: Tensor) -> Tensor:
         """(rows, c) the Hessian of each row's loss at its predictions, times a direction."""
 
+    @abc.abstractmethod
+    def curvature(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """(rows, c) the diagonal of the Hessian of each row's loss."""
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
@@ -91,6 +95,9 @@ class SquaredLoss(Loss):
 
     def hessian_product(self, predictions: Tensor, directions: Tensor) -> Tensor:
         return directions
+
+    def curvature(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        return torch.ones_like(predictions)
 
 
 class CrossEntropy(Loss):
@@ -163,6 +170,10 @@ class CrossEntropy(Loss):
     def hessian_product(self, predictions: Tensor, directions: Tensor) -> Tensor:
         weighted = torch.softmax(predictions, -1) * directions
         return weighted - torch.softmax(predictions, -1) * weighted.sum(-1, keepdim=True)
+
+    def curvature(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        p = torch.softmax(predictions, -1)
+        return p * (1 - p)
 
     @staticmethod
     def _one_hot(targets: Tensor, like: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cvxlib._checks import float_tensor, positive_int, require
+from cvxlib.contractions import Contraction, mean_queries
 
 
 class Mixer(abc.ABC):
@@ -55,6 +56,10 @@ class Mixer(abc.ABC):
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """The tokens that each of the B blocks sees."""
         return (tokens,)
+
+    def pooled(self, tokens: Tensor, masks: Tensor) -> Contraction | None:
+        """A cheaper way to pooled predictions than the hidden matrices, where this mixer has one; masks are (n, P, a, h)."""
+        return None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -125,6 +130,9 @@ class SelfAttention(Mixer):
     def values(self, tokens: Tensor) -> Tensor:
         return tokens
 
+    def pooled(self, tokens: Tensor, masks: Tensor) -> Contraction | None:
+        return mean_queries(tokens, masks, tokens, tokens)
+
 
 @dataclass(frozen=True)
 class CausalSelfAttention(SelfAttention):
@@ -139,6 +147,10 @@ class CausalSelfAttention(SelfAttention):
 
     def hidden(self, tokens: Tensor, u: Tensor) -> Tensor:
         return super().hidden(tokens, u).tril()
+
+    def pooled(self, tokens: Tensor, masks: Tensor) -> Contraction | None:
+        s = tokens.shape[1]
+        return mean_queries(tokens, masks.expand(-1, -1, s, s).tril(), tokens, tokens)
 
 
 @dataclass(frozen=True)
@@ -172,6 +184,10 @@ class CrossAttention(Mixer):
 
     def values(self, tokens: Tensor) -> Tensor:
         return tokens[:, self.queries :]
+
+    def pooled(self, tokens: Tensor, masks: Tensor) -> Contraction | None:
+        keys = self.values(tokens)
+        return mean_queries(tokens[:, : self.queries], masks, keys, keys)
 
     def check(self, tokens: object) -> Tensor:
         tokens = super().check(tokens)

@@ -13,8 +13,9 @@ from cvxlib._checks import instance, positive_float, require
 from cvxlib.activations import Activation, ReLU
 from cvxlib.arrangements import lifted_rows, lifted_weights
 from cvxlib.cones import any_pattern_bound
+from cvxlib.factored import FactoredOperator
 from cvxlib.heads import Head
-from cvxlib.lifting import LiftedOperator
+from cvxlib.lifting import ALONE, LiftedOperator, OneProcess
 from cvxlib.losses import Loss
 from cvxlib.mixers import Mixer
 from cvxlib.norms import BlockConeNorm, BlockNuclearNorm
@@ -86,7 +87,25 @@ class ConvexProgram:
     @functools.cached_property
     def operator(self) -> LiftedOperator:
         """The lifted linear operator, built once."""
-        return LiftedOperator.build(self.mixer, self.gates, self.tokens, pooled=self.pool == "mean")
+        return LiftedOperator(self.mixer, self.gates, self.tokens, self.pool == "mean", self.reduce)
+
+    #: sums a tensor over the processes that hold samples; here there is one
+    reduce: OneProcess = ALONE
+
+    @functools.cached_property
+    def factored(self) -> FactoredOperator:
+        """The same operator for factors, which never forms the design tensor."""
+        operator = self.operator
+        return FactoredOperator(
+            self.mixer,
+            self.gates,
+            self.tokens,
+            self.pool == "mean",
+            operator.gate,
+            operator.block,
+            operator.rows,
+            self.reduce,
+        )
 
     @functools.cached_property
     def gates(self) -> Activation:
@@ -141,7 +160,7 @@ class ConvexProgram:
 
     def data_loss(self, predictions: Tensor) -> float:
         """The loss of predictions (rows, c), summed over a sample's rows and averaged over samples."""
-        return float(self.loss.value(predictions, self.rows).sum()) / self.samples
+        return float(self.reduce(self.loss.value(predictions, self.rows).sum())) / self.samples
 
     def objective(self, z: Tensor) -> float:
         """The regularised objective at lifted blocks (K, p, q)."""
@@ -179,7 +198,7 @@ class ConvexProgram:
 
     def dual_value(self, point: Tensor) -> float:
         r"""The dual objective :math:`-\tfrac1n \sum_i \ell^*(\rho_i, y_i)` at a point (rows, c); a lower bound where it is feasible."""
-        return -float(self.loss.conjugate(point, self.rows).sum()) / self.samples
+        return -float(self.reduce(self.loss.conjugate(point, self.rows).sum())) / self.samples
 
     def feasible_dual(self, residual: Tensor, spectral: float) -> tuple[float, Tensor]:
         r"""The best dual value along the ray of a residual, among the feasible points.

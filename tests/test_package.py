@@ -16,8 +16,8 @@ PACKAGE = ROOT / "cvxlib"
 #: the floors, lowest first; a module may import from its own floor and below
 FLOORS = [
     {"_checks", "solution"},
-    {"losses", "norms", "mixers", "activations", "arrangements", "cones"},
-    {"lifting", "heads", "programs", "recovery", "certify", "baselines"},
+    {"contractions", "losses", "norms", "mixers", "activations", "arrangements", "cones"},
+    {"lifting", "factored", "heads", "programs", "recovery", "certify", "baselines"},
     {"solvers"},
 ]
 

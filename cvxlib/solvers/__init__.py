@@ -6,10 +6,15 @@ from cvxlib._checks import instance, positive_float, positive_int, require
 from cvxlib.activations import ReLU
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Solution
-from cvxlib.solvers import proximal, relu, splitting
+from cvxlib.solvers import proximal, relu, splitting, staircase
 
 #: name of a solver, and the function that runs it
-SOLVERS = {"splitting": splitting.solve, "proximal": proximal.solve, "relu": relu.solve}
+SOLVERS = {
+    "splitting": splitting.solve,
+    "staircase": staircase.solve,
+    "proximal": proximal.solve,
+    "relu": relu.solve,
+}
 
 #: largest Gram matrix that operator splitting is given to factor
 LARGEST_GRAM = 8192

@@ -1,0 +1,257 @@
+r"""Contractions: design tensors that are multiplied with weights and never formed.
+
+The design tensor :math:`T_{i,g}` (p x w) of row i and gate g is all that a program needs of its data, and it is large: :math:`d^3` numbers
+for attention. A head only ever needs :math:`T_{i,g}^\top u` (its *features*) and the transpose of that map, and these have structure:
+
+- pooled linear attention: :math:`T_i = \bar x_i \otimes X_i^\top X_i`, so the mean token and the Gram matrix are all that is kept;
+- pooled gated attention: :math:`T_{i,g} = \sum_b \bar x_{i,g,b} \otimes x_b \otimes x_b` with gate-averaged queries
+  :math:`\bar x_{i,g,b} = \tfrac1s \sum_a D_{i,g}[a,b]\, x_a`;
+- anything else: the hidden matrices themselves, or the design tensor where it is small.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from cvxlib.mixers import Mixer
+
+
+class Contraction(abc.ABC):
+    """The design tensors of some rows, for every gate of one block of a mixer."""
+
+    #: floating point operations that the features of one head take
+    flops: float
+    #: bytes that one head's features need while they are computed
+    workspace: float
+
+    @abc.abstractmethod
+    def features(self, u: Tensor, gate: Tensor) -> Tensor:
+        r"""(rows, m, w) :math:`T_{i,g_j}^\top u_j` for u (m, p) and gates (m,), which stay on the CPU."""
+
+    @abc.abstractmethod
+    def transpose(self, weights: Tensor, gate: Tensor) -> Tensor:
+        r"""(m, p) :math:`\sum_i T_{i,g_j}\, \omega_{ij}` for weights (rows, m, w)."""
+
+    @abc.abstractmethod
+    def design(self, gate: int) -> Tensor:
+        """(rows, p, w) the design tensor of one gate, formed after all."""
+
+    @abc.abstractmethod
+    def split(self, step: int) -> list[Contraction]:
+        """The same in parts of ``step`` samples."""
+
+    @property
+    @abc.abstractmethod
+    def bytes(self) -> int:
+        """What the contraction keeps in memory besides the tokens."""
+
+
+@dataclass(frozen=True)
+class Design(Contraction):
+    """The design tensor as it is, (rows, P, p, w)."""
+
+    tensor: Tensor
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.tensor[:, 0].numel()
+
+    @property
+    def workspace(self) -> float:
+        return self.tensor[:, 0, 0].numel() * self.tensor.element_size()
+
+    @property
+    def bytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
+    def features(self, u: Tensor, gate: Tensor) -> Tensor:
+        out = self.tensor.new_empty(len(self.tensor), len(u), self.tensor.shape[3])
+        for g, heads in _by_gate(gate):
+            out[:, heads] = u[heads] @ self.tensor[:, g]
+        return out
+
+    def transpose(self, weights: Tensor, gate: Tensor) -> Tensor:
+        out = self.tensor.new_empty(len(gate), self.tensor.shape[2])
+        for g, heads in _by_gate(gate):
+            out[heads] = torch.einsum("npw,nmw->mp", self.tensor[:, g], weights[:, heads])
+        return out
+
+    def design(self, gate: int) -> Tensor:
+        return self.tensor[:, gate]
+
+    def split(self, step: int) -> list[Contraction]:
+        return [Design(part) for part in self.tensor.split(step)]
+
+
+@dataclass(frozen=True)
+class GramMatrices(Contraction):
+    r"""Pooled linear attention, :math:`T_i = \bar x_i \otimes G_i`: mean queries (n, d) and :math:`G_i = K_i^\top R_i` (n, d, w)."""
+
+    queries: Tensor
+    gram: Tensor
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.gram.numel() + 2.0 * self.queries.numel() * self.gram.shape[1]
+
+    @property
+    def workspace(self) -> float:
+        return self.gram[:, 0].numel() * 2 * self.gram.element_size()
+
+    @property
+    def bytes(self) -> int:
+        return (self.queries.numel() + self.gram.numel()) * self.gram.element_size()
+
+    def features(self, u: Tensor, gate: Tensor) -> Tensor:
+        n, d = self.queries.shape
+        return (self.queries @ u.reshape(-1, d, d).transpose(0, 1).flatten(1)).reshape(n, -1, d) @ self.gram
+
+    def transpose(self, weights: Tensor, gate: Tensor) -> Tensor:
+        d = self.queries.shape[1]
+        keys = (weights @ self.gram.mT).flatten(1)  # (n, m d)
+        return (self.queries.mT @ keys).reshape(d, -1, d).transpose(0, 1).flatten(1)
+
+    def design(self, gate: int) -> Tensor:
+        return (self.queries.unsqueeze(2).unsqueeze(3) * self.gram.unsqueeze(1)).flatten(1, 2)
+
+    def split(self, step: int) -> list[Contraction]:
+        return [GramMatrices(*parts) for parts in zip(self.queries.split(step), self.gram.split(step), strict=True)]
+
+
+@dataclass(frozen=True)
+class MeanQueries(Contraction):
+    r"""Pooled gated attention, :math:`T_{i,g} = \sum_b \bar x_{i,g,b} \otimes k_b \otimes r_b`.
+
+    Args:
+        queries: (P, n, h, d) for every gate the queries that its mask lets through to each key, averaged over output positions.
+        keys: (n, h, d).
+        values: (n, h, w).
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.keys.numel() * (self.keys.shape[2] + 1) + 2.0 * self.values.numel()
+
+    @property
+    def workspace(self) -> float:
+        return self.keys.numel() * 2 * self.keys.element_size()
+
+    @property
+    def bytes(self) -> int:
+        return self.queries.numel() * self.queries.element_size()
+
+    def features(self, u: Tensor, gate: Tensor) -> Tensor:
+        n, h, d = self.keys.shape
+        out = self.values.new_empty(n, len(u), self.values.shape[2])
+        for g, heads in _by_gate(gate):
+            seen = self.queries[g].flatten(0, 1) @ u[heads].reshape(-1, d, d).transpose(0, 1).flatten(1)
+            scores = (seen.reshape(n, h, -1, d) * self.keys.unsqueeze(2)).sum(3)
+            out[:, heads] = scores.mT @ self.values
+        return out
+
+    def transpose(self, weights: Tensor, gate: Tensor) -> Tensor:
+        d = self.keys.shape[2]
+        out = weights.new_empty(len(gate), d * d)
+        for g, heads in _by_gate(gate):
+            scores = self.values @ weights[:, heads].mT  # (n, h, m)
+            seen = (scores.unsqueeze(3) * self.queries[g].unsqueeze(2)).flatten(0, 1).flatten(1)
+            out[heads] = (seen.mT @ self.keys.flatten(0, 1)).reshape(len(heads), d * d)
+        return out
+
+    def design(self, gate: int) -> Tensor:
+        pairs = torch.einsum("nhk,nhl->nhkl", self.queries[gate], self.keys).flatten(2)
+        return pairs.mT @ self.values
+
+    def split(self, step: int) -> list[Contraction]:
+        queries = self.queries.split(step, 1)
+        return [MeanQueries(*p) for p in zip(queries, self.keys.split(step), self.values.split(step), strict=True)]
+
+
+@dataclass(frozen=True)
+class HiddenMatrices(Contraction):
+    """Any mixer: the hidden matrices themselves, gated and averaged, and their transpose by autograd.
+
+    Args:
+        mixer: the mixer.
+        tokens: (n, s, d) what the block sees.
+        masks: (n, P, a, h) gates, in broadcastable form.
+        pooled: average over the output positions.
+    """
+
+    mixer: Mixer
+    tokens: Tensor
+    masks: Tensor
+    pooled: bool
+
+    @property
+    def flops(self) -> float:
+        hidden = self._hidden(1).numel()
+        # a matrix product over the shape of u, and the products with the gates and the values
+        return 2.0 * hidden * (self.mixer.shape[-1] + 1 + self.mixer.width)
+
+    @property
+    def workspace(self) -> float:
+        return 4.0 * self._hidden(1).numel() * self.tokens.element_size()
+
+    @property
+    def bytes(self) -> int:
+        return self.masks.numel()
+
+    def _hidden(self, count: int) -> Tensor:
+        n, (_, _, a, h) = len(self.tokens), self.mixer.hidden(self.tokens[:1], self._basis(1)).shape
+        return self.tokens.new_empty(1).expand(n, count, a, h)
+
+    def _basis(self, count: int) -> Tensor:
+        return self.tokens.new_zeros(count, *self.mixer.shape)
+
+    def features(self, u: Tensor, gate: Tensor) -> Tensor:
+        hidden = self.mixer.hidden(self.tokens, u.reshape(-1, *self.mixer.shape)) * self._masks(gate)
+        if self.pooled:
+            hidden = hidden.mean(2, keepdim=True)
+        return (hidden @ self.mixer.values(self.tokens).unsqueeze(1)).transpose(1, 2).flatten(0, 1)
+
+    def transpose(self, weights: Tensor, gate: Tensor) -> Tensor:
+        n, m = len(self.tokens), len(gate)
+        with torch.enable_grad():
+            u = self._basis(m).requires_grad_()
+            hidden = self.mixer.hidden(self.tokens, u)
+        weights = weights.unflatten(0, (n, -1)).transpose(1, 2)  # (n, m, a or 1, w)
+        cotangent = weights @ self.mixer.values(self.tokens).mT.unsqueeze(1)
+        cotangent = cotangent * self._masks(gate) / (hidden.shape[2] // weights.shape[2])
+        (out,) = torch.autograd.grad(hidden, u, cotangent.expand_as(hidden))
+        return out.flatten(1)
+
+    def design(self, gate: int) -> Tensor:
+        basis = torch.eye(self.mixer.p, dtype=self.tokens.dtype, device=self.tokens.device)
+        return self.features(basis, torch.full((self.mixer.p,), gate))
+
+    def split(self, step: int) -> list[Contraction]:
+        pairs = zip(self.tokens.split(step), self.masks.split(step), strict=True)
+        return [HiddenMatrices(self.mixer, tokens, masks, self.pooled) for tokens, masks in pairs]
+
+    def _masks(self, gate: Tensor) -> Tensor:
+        return self.masks if self.masks.shape[1] == 1 else self.masks[:, gate.to(self.masks.device)]
+
+
+def mean_queries(queries: Tensor, masks: Tensor, keys: Tensor, values: Tensor) -> Contraction:
+    """The contraction of pooled attention, from queries (n, a, d), masks (n, P, a, h), keys (n, h, d) and values (n, h, w)."""
+    if masks.shape[2] == 1 and bool(masks.all()):  # nothing is masked
+        return GramMatrices(queries.mean(1), keys.mT @ values)
+    masks = masks.expand(-1, -1, queries.shape[1], keys.shape[1])
+    means = [(mask.to(queries).mT @ queries) / queries.shape[1] for mask in masks.unbind(1)]
+    return MeanQueries(torch.stack(means), keys, values)
+
+
+def _by_gate(gate: Tensor) -> list[tuple[int, Tensor]]:
+    """Each gate that occurs, with the heads it belongs to."""
+    return [(int(g), (gate == g).nonzero().squeeze(1)) for g in gate.unique()]

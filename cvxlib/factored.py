@@ -1,0 +1,247 @@
+r"""The factored operator: predictions of heads and their gradients, in parts of the samples, never forming a lifted matrix.
+
+Predictions are bilinear in the factors, :math:`f = \sum_j \phi(u_j) V_j` with features :math:`\phi_i(u_j) = T_{i,g_j}^\top u_j`. Along
+a line they are a quadratic polynomial of the step, whose coefficients cost one evaluation of the features: a line search is free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cvxlib.activations import Activation
+from cvxlib.contractions import Contraction, Design, HiddenMatrices
+from cvxlib.lifting import ALONE, OneProcess, block_design
+from cvxlib.mixers import Mixer
+
+#: what contractions may keep in memory besides the tokens; what does not fit is computed again in every pass over the samples
+MEMORY = 2**30
+#: what one part's features may need while they are computed, for this many heads
+WORKSPACE, HEADS = 32 * 2**20, 16
+#: floating point operations that take as long as reading one byte
+FLOPS_PER_BYTE = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive samples: which predictions are theirs, and for each of the mixer's blocks their contraction."""
+
+    rows: slice
+    blocks: tuple[Contraction, ...]
+
+
+@dataclass(frozen=True)
+class CoreOperator:
+    """The linear map from cores (K, R, R') to predictions (rows, c), and its adjoint.
+
+    Args:
+        tensor: (rows, c, K, R, R') the prediction of each entry of each core.
+        reduce: sums a tensor over all processes that hold samples.
+    """
+
+    tensor: Tensor
+    reduce: OneProcess = ALONE
+
+    @property
+    def designs(self) -> tuple[Tensor]:
+        """One design tensor, with a row for every entry of the predictions."""
+        return (self.tensor.flatten(0, 1),)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(rows, c) predictions of cores (K, R, R')."""
+        return self.tensor.flatten(2) @ z.flatten()
+
+    def adjoint(self, dual: Tensor) -> Tensor:
+        """(K, R, R') the adjoint applied to (rows, c)."""
+        return self.reduce((dual.flatten() @ self.tensor.flatten(2).flatten(0, 1)).reshape(self.tensor.shape[2:]))
+
+
+class FactoredOperator:
+    r"""The bilinear map from factors to predictions, and its gradients.
+
+    Factors are u (m, p), v (m, w, c / B) and k (m,), the lifted block of each head; k stays on the CPU.
+
+    Args:
+        mixer: the mixer.
+        activation: its gates.
+        tokens: (n, s, d), perhaps memory-mapped.
+        pooled: average over the output positions.
+        gate: (K,) the gate of each lifted block.
+        block: (K,) the mixer's block of each lifted block.
+        rows: the number of predictions.
+        reduce: sums a tensor over all processes that hold samples.
+        memory: bytes that may be kept besides the tokens.
+        dtype: of the arithmetic, by default the tokens' own.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        activation: Activation,
+        tokens: Tensor,
+        pooled: bool,
+        gate: Tensor,
+        block: Tensor,
+        rows: int,
+        reduce: OneProcess = ALONE,
+        memory: float = MEMORY,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.mixer, self.activation, self.tokens, self.pooled = mixer, activation, tokens, pooled
+        self.gate, self.block, self.rows, self.reduce = gate.cpu(), block.cpu(), rows, reduce
+        self.dtype, self.device = dtype or tokens.dtype, tokens.device
+        self.memory = memory
+        self._make, self.path, workspace, size, self.flops = self._choose()
+        self.scale = 16 if self.device.type == "cuda" else 1
+        self.step = max(1, min(len(tokens), int(self.scale * WORKSPACE / (HEADS * workspace))))
+        self.stored = size * len(tokens) <= memory
+        if not self.stored:
+            self.path += ", computed in every pass"
+        self._parts: list[Part] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(K, p, q) of the lifted blocks."""
+        return len(self.gate), self.mixer.p, self.mixer.q
+
+    def _choose(self) -> tuple[Callable[[Tensor, int], Contraction], str, float, float, float]:
+        """The contraction that takes least time, its name, workspace and memory per sample, and operations per head and sample."""
+        candidates = {}
+        makers = {"hidden matrices": self._hidden, "design tensor": self._design}
+        if self.pooled and self._pooled(self.tokens[:1], 0) is not None:
+            makers = {"query-key form": self._pooled, "design tensor": self._design}
+        for name, make in makers.items():
+            part = make(self._seen(self.tokens[:1])[0], 0)
+            small = part.bytes * len(self.tokens) * self.mixer.blocks <= self.memory
+            reads = FLOPS_PER_BYTE * part.bytes / HEADS
+            # a design tensor that does not fit would have to be formed, head by head, in every pass
+            cost = (part.flops + reads) * (1 if small or make is not self._design else self.mixer.p)
+            size = part.bytes * self.mixer.blocks
+            label = {"GramMatrices": "Gram matrices", "MeanQueries": "gate-averaged queries"}.get(type(part).__name__, name)
+            candidates[name] = (cost, (make, label, max(part.workspace, 1.0), size, part.flops * self.mixer.blocks))
+        return min(candidates.values(), key=lambda pair: pair[0])[1]
+
+    # the parts
+
+    def _seen(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return self.mixer.split(tokens.to(self.dtype))
+
+    def _masks(self, seen: Tensor, b: int) -> Tensor:
+        return self.activation.masks(self.mixer, seen, b)
+
+    def _hidden(self, seen: Tensor, b: int) -> Contraction:
+        return HiddenMatrices(self.mixer, seen, self._masks(seen, b), self.pooled)
+
+    def _pooled(self, seen: Tensor, b: int) -> Contraction | None:
+        return self.mixer.pooled(seen, self._masks(seen, b))
+
+    def _design(self, seen: Tensor, b: int) -> Contraction:
+        design = block_design(self.mixer, seen, self._masks(seen, b), self.pooled)
+        return Design(design if self.pooled else design.flatten(0, 1))
+
+    def parts(self) -> Iterator[Part]:
+        """The samples in parts, kept for the next pass where they fit in memory."""
+        if self._parts is not None:
+            yield from self._parts
+            return
+        kept, start = [], 0
+        for tokens in self.tokens.split(self.step):
+            count = len(tokens) * (self.rows // len(self.tokens))
+            blocks = tuple(self._make(seen, b) for b, seen in enumerate(self._seen(tokens)))
+            part = Part(slice(start, start + count), blocks)
+            start += count
+            if self.stored:
+                kept.append(part)
+            yield part
+        if self.stored:
+            self._parts = kept
+
+    # heads
+
+    def features(self, part: Part, u: Tensor, k: Tensor) -> list[Tensor]:
+        """For each of the mixer's blocks the features (rows, m_b, w) of its heads."""
+        return [c.features(u[mine], self.gate[k[mine]]) for c, mine in zip(part.blocks, self.heads(k), strict=True)]
+
+    def combine(self, features: list[Tensor], v: Tensor, k: Tensor) -> Tensor:
+        """(rows, c) predictions from features and v."""
+        pairs = zip(features, self.heads(k), strict=True)
+        return torch.cat([phi.flatten(1) @ v[mine].flatten(0, 1) for phi, mine in pairs], 1)
+
+    def predictions(self, u: Tensor, v: Tensor, k: Tensor, features: list[list[Tensor]] | None = None) -> Tensor:
+        """(rows, c) predictions of heads, from their features in every part where these are known."""
+        parts = enumerate(self.parts())
+        return torch.cat([self.combine(features[i] if features else self.features(x, u, k), v, k) for i, x in parts])
+
+    def line(
+        self,
+        u: Tensor,
+        v: Tensor,
+        du: Tensor,
+        dv: Tensor,
+        k: Tensor,
+        features: list[list[Tensor]] | None = None,
+        changes: list[list[Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(rows, c) the coefficients of t and t^2 in the predictions at u + t du, v + t dv."""
+        first, second = [], []
+        for index, part in enumerate(self.parts()):
+            phi = features[index] if features else self.features(part, u, k)
+            change = changes[index] if changes else self.features(part, du, k)
+            first.append(self.combine(phi, dv, k) + self.combine(change, v, k))
+            second.append(self.combine(change, dv, k))
+        return torch.cat(first), torch.cat(second)
+
+    def gradients(
+        self, u: Tensor, v: Tensor, k: Tensor, dual: Tensor, features: list[list[Tensor]] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients (m, p) and (m, w, c / B) of the inner product of the predictions with (rows, c)."""
+        gu, gv = torch.zeros_like(u), torch.zeros_like(v)
+        for index, part in enumerate(self.parts()):
+            phis = features[index] if features else self.features(part, u, k)
+            columns = dual[part.rows].chunk(self.mixer.blocks, 1)
+            for c, mine, phi, rho in zip(part.blocks, self.heads(k), phis, columns, strict=True):
+                gv[mine] += (phi.flatten(1).mT @ rho).reshape(v[mine].shape)
+                gu[mine] += c.transpose(torch.einsum("no,mwo->nmw", rho, v[mine]), self.gate[k[mine]])
+        return self.reduce(gu), self.reduce(gv)
+
+    def adjoint(self, dual: Tensor) -> Tensor:
+        """(K, p, q) the adjoint of the lifted operator, applied to (rows, c)."""
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        per_sample = self.rows // len(self.tokens) * self.mixer.p * self.mixer.width * total.element_size()
+        step = max(1, int(4 * self.scale * WORKSPACE / per_sample))
+        for part in self.parts():
+            columns = dual[part.rows].chunk(self.mixer.blocks, 1)
+            for b, contraction in enumerate(part.blocks):
+                start = 0
+                for piece in contraction.split(step):
+                    for slot in (self.block == b).nonzero().flatten().tolist():
+                        design = piece.design(int(self.gate[slot])).flatten(1)
+                        rho = columns[b][start : start + len(design)]
+                        total[slot] += (design.mT @ rho).reshape(total[slot].shape)
+                    start += len(design)
+        return self.reduce(total)
+
+    def core(self, left: Tensor, right: Tensor, k: Tensor) -> CoreOperator:
+        r"""The operator restricted to :math:`Z_k = P_k C_k Q_k^\top`, for left P (K', p, R) and right Q (K', q, R') of the blocks k (K',)."""
+        count, _, r = left.shape
+        u = left.mT.flatten(0, 1)
+        heads = k.repeat_interleave(r)
+        right = right.unflatten(1, (self.mixer.width, self.mixer.block_outputs))
+        out = torch.zeros(self.rows, self.mixer.outputs, count, r, right.shape[3], dtype=left.dtype, device=left.device)
+        columns = out.unflatten(1, (self.mixer.blocks, -1))
+        for part in self.parts():
+            for b, phi in enumerate(self.features(part, u, heads)):
+                mine = (self.block[k] == b).nonzero().squeeze(1)
+                phi = phi.unflatten(1, (len(mine), r))
+                columns[part.rows, b][:, :, mine] = torch.einsum("nkaw,kwob->nokab", phi, right[mine])
+        return CoreOperator(out, self.reduce)
+
+    def heads(self, k: Tensor) -> list[Tensor]:
+        """For each of the mixer's blocks the heads that belong to it."""
+        if self.mixer.blocks == 1:
+            return [torch.arange(len(k))]
+        return [(self.block[k] == b).nonzero().squeeze(1) for b in range(self.mixer.blocks)]

@@ -1,0 +1,233 @@
+r"""The staircase: heads are added where the dual constraint is violated, and the lifted matrices are never formed.
+
+One round has three steps.
+
+1. *Core.* Restricted to the span of the present heads and of the most violated directions, :math:`Z_k = P_k C_k Q_k^\top` with orthonormal
+   :math:`P_k, Q_k`, the program is a small convex program of the same form, because :math:`\|P C Q^\top\|_* = \|C\|_*`. Operator splitting
+   solves it to optimality, so that ranks grow and shrink by themselves and heads are never redundant.
+2. *Certificate.* The residual of the core, scaled to feasibility, is the dual point; singular values of the lifted gradient above beta are
+   the violated directions.
+3. *Descent.* Preconditioned L-BFGS on the factors turns the subspaces (:mod:`cvxlib.solvers.descent`).
+
+Source: Burer and Monteiro 2003; Boumal, Voroninski and Bandeira 2016 (the staircase); book, chapter "The staircase".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cvxlib.factored import FactoredOperator
+from cvxlib.programs import ConvexProgram
+from cvxlib.solution import Certificate, Factors, Solution, Status
+from cvxlib.solvers import splitting
+from cvxlib.solvers.descent import AxisMoments, minimise
+
+DESCENT = 40  # steps of descent in a round
+CORE_STEPS = 300  # steps of operator splitting on a core
+CORE_BYTES = 2**29  # of a core's design tensor
+COLUMNS = 16  # new directions in a round, over all blocks, but at least two a block
+NEAR = 0.9  # a singular value counts as violated from this fraction of beta on: it may become so
+
+
+@torch.no_grad()
+def solve(
+    program: ConvexProgram,
+    *,
+    tol: float,
+    max_iterations: int,
+    start: Solution | None = None,
+    progress: bool | None = None,
+) -> Solution:
+    """Solve a program by the staircase; arguments as :func:`cvxlib.solve`."""
+    state = _State(program, start)
+    bar = tqdm(total=max_iterations, desc="staircase", disable=None if progress is None else not progress, delay=1)
+    status = Status.ITERATION_LIMIT
+    try:
+        state.certify()
+        while True:
+            bar.n = min(state.evaluations, max_iterations)
+            bar.set_postfix_str(f"rank {len(state.k)}, gap {state.gap:.1e}")
+            if state.gap <= tol and state.exact(tol):
+                status = Status.CERTIFIED
+                break
+            if state.evaluations >= max_iterations:
+                break
+            state.solve_core(tol)
+            state.certify()
+            if state.gap > tol:
+                state.descend(tol)
+                state.certify()
+    except KeyboardInterrupt:
+        status = Status.INTERRUPTED
+    finally:
+        bar.close()
+    return state.solution(status)
+
+
+class _State:
+    """Where the staircase stands: heads u, v in blocks k, their residual, and the best bounds so far."""
+
+    def __init__(self, program: ConvexProgram, start: Solution | None) -> None:
+        self.program, self.operator = program, program.factored
+        self.moments: AxisMoments | None = None
+        mixer, like = program.mixer, program.tokens
+        if start is None:
+            self.u, self.k = like.new_zeros(0, mixer.p), torch.zeros(0, dtype=torch.long)
+            self.v = like.new_zeros(0, mixer.width, mixer.block_outputs)
+        else:
+            self.u, self.v = start.factors.u.flatten(1).to(like), start.factors.v.to(like)
+            self.k = start.factors.block.cpu()
+        self.f = self.operator.predictions(self.u, self.v, self.k)
+        self.residual = program.loss.gradient(self.f, program.rows)
+        self.best, self.primal = self.factors(), self._objective(self.f, self.u, self.v)
+        self.dual, self.point = -float("inf"), torch.zeros_like(self.residual)
+        self.directions: list[tuple[int, Tensor, Tensor]] = []
+        self.evaluations, self.history = 1, []
+
+    @property
+    def gap(self) -> float:
+        """The relative gap of the best bounds, in the arithmetic of the tokens."""
+        return Certificate(self.primal, self.dual).relative_gap
+
+    def factors(self) -> Factors:
+        """The present heads, largest first."""
+        order = self.u.norm(dim=1).argsort(descending=True)
+        mixer = self.program.mixer
+        return Factors(self.u[order].reshape(-1, *mixer.shape), self.v[order], self.k.to(order.device)[order])
+
+    def _objective(self, f: Tensor, u: Tensor, v: Tensor) -> float:
+        return self.program.data_loss(f) + self.program.beta / 2 * float(u.square().sum() + v.square().sum())
+
+    def _offer(self) -> None:
+        """Keep the present heads if they are the best."""
+        value = self._objective(self.f, self.u, self.v)
+        if value < self.primal:
+            self.best, self.primal = self.factors(), value
+
+    def certify(self) -> None:
+        """Bound the optimum by the present residual, and find the directions that violate the dual constraint."""
+        program = self.program
+        gradient = self.operator.adjoint(self.residual) / program.samples
+        spectral, self.directions = violated(gradient, program.beta, self.residual.shape)
+        dual, point = program.feasible_dual(self.residual, spectral)
+        if dual > self.dual:
+            self.dual, self.point = dual, point
+        self.evaluations += 1
+        self.history.append((self.evaluations, self.primal, self.dual))
+
+    def solve_core(self, tol: float) -> None:
+        """Solve the program on the span of the heads and of the violated directions."""
+        program = self.program
+        blocks, left, right, cores = _spans(self.u, self.v, self.k, self.directions)
+        core = self.operator.core(left, right, blocks)
+        best, value, dual = cores, float("inf"), -float("inf")
+        for count, step in enumerate(splitting.iterates(program, core, cores, self.residual), start=1):
+            f = core.forward(step.w)
+            at = program.data_loss(f) + program.beta * float(step.penalty)
+            if at < value:
+                best, value, self.f = step.w, at, f
+            residual = program.loss.gradient(step.f, program.rows)
+            spectral = float(program.norm.dual(core.adjoint(residual))) / program.samples
+            bound, _ = program.feasible_dual(residual, spectral)
+            if bound > dual:
+                dual, self.residual = bound, residual
+            # the core need not be much better than what is outside it
+            if Certificate(value, dual).relative_gap <= max(0.2 * tol, min(0.02 * self.gap, 1e-2)):
+                break
+            if count * splitting.CHECK_EVERY >= CORE_STEPS:
+                break
+        a, sigma, b = torch.linalg.svd(best, full_matrices=False)
+        slot, index = (sigma > 1e-6 * sigma.max()).nonzero(as_tuple=True)
+        root = sigma[slot, index].sqrt().unsqueeze(1)
+        self.u = (left @ a).mT[slot, index] * root
+        self.v = ((right @ b.mT).mT[slot, index] * root).unflatten(1, self.v.shape[1:])
+        self.k = blocks[slot.cpu()]
+        self.evaluations += 1
+        self._offer()
+
+    def descend(self, tol: float) -> None:
+        """Turn the subspaces by descent on the factors."""
+        if not len(self.k):
+            return
+        if self.moments is None:
+            self.moments = AxisMoments(self.program, self.operator)
+        size = self.operator.rows * len(self.k) * self.program.mixer.width * self.u.element_size()
+        self.u, self.v, self.f, count = minimise(
+            self.program,
+            self.operator,
+            self.moments,
+            self.u,
+            self.v,
+            self.k,
+            iterations=DESCENT,
+            tol=0.01 * min(tol, self.gap),
+            keep_features=3 * size <= self.operator.memory,
+        )
+        self.residual = self.program.loss.gradient(self.f, self.program.rows)
+        self.evaluations += count
+        self._offer()
+
+    def exact(self, tol: float) -> bool:
+        """Whether the gap holds in double precision; the bounds are then those."""
+        return True
+
+    def solution(self, status: Status) -> Solution:
+        """The best heads with their certificate."""
+        k, p, q = self.operator.shape
+        return Solution(
+            program=self.program,
+            factors=self.best,
+            certificate=Certificate(self.primal, self.dual, self.point, self.operator.dtype),
+            status=status,
+            solver=f"staircase on {k} blocks of {p} x {q}, {self.operator.path}",
+            evaluations=self.evaluations,
+            history=torch.tensor(self.history, dtype=torch.float64).reshape(-1, 3),
+        )
+
+
+def violated(gradient: Tensor, beta: float, rows: tuple[int, int]) -> tuple[float, list[tuple[int, Tensor, Tensor]]]:
+    """The largest singular value of gradients (K, p, q), and of every block its singular vectors near or above beta."""
+    wide = gradient.shape[1] < gradient.shape[2]
+    tall = gradient.mT if wide else gradient  # (K, long, short)
+    grams = tall.double().mT @ tall.double()
+    squares, vectors = torch.linalg.eigh(grams)
+    sigma = squares.clamp(min=0).sqrt()
+    limit = max(2, COLUMNS // len(gradient))
+    directions = []
+    for k in range(len(gradient)):
+        count = min(limit, int((sigma[k] > NEAR * beta).sum()))
+        if count:
+            short = vectors[k, :, -count:].to(gradient)
+            long = torch.linalg.qr(tall[k] @ short)[0]
+            directions.append((k, short, long) if wide else (k, long, short))
+    return float(sigma.max()), directions
+
+
+def _spans(
+    u: Tensor, v: Tensor, k: Tensor, directions: list[tuple[int, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Orthonormal bases of what heads and directions span, block by block.
+
+    Returns:
+        the blocks (K',), left (K', p, R) and right (K', q, R) padded with zeros, and the present heads in these bases (K', R, R).
+    """
+    extra = {block: (left, right) for block, left, right in directions}
+    blocks = torch.tensor(sorted(set(k.tolist()) | set(extra)), dtype=torch.long)
+    v = v.flatten(1)
+    pairs = []
+    for block in blocks.tolist():
+        mine = (k == block).nonzero().squeeze(1)
+        left, right = extra.get(block, (u.new_zeros(u.shape[1], 0), v.new_zeros(v.shape[1], 0)))
+        pairs.append([torch.linalg.qr(torch.cat(both, 1))[0] for both in ((u[mine].mT, left), (v[mine].mT, right))])
+    widths = [max(pair[side].shape[1] for pair in pairs) for side in (0, 1)]
+    left, right = (
+        torch.stack([torch.nn.functional.pad(pair[side], (0, widths[side] - pair[side].shape[1])) for pair in pairs])
+        for side in (0, 1)
+    )
+    slot = torch.searchsorted(blocks, k)
+    inside_u, inside_v = ((base.mT[slot] @ x.unsqueeze(2)).squeeze(2) for base, x in ((left, u), (right, v)))
+    cores = u.new_zeros(len(blocks), *widths)
+    cores.index_add_(0, slot.to(u.device), inside_u.unsqueeze(2) * inside_v.unsqueeze(1))
+    return blocks, left, right, cores
