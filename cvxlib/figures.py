@@ -146,3 +146,47 @@ def spectrum(solution: Solution, ax: Axes | None = None, label: str | None = Non
     )
     ax.set(xlabel="head", ylabel="singular value")
     return ax
+
+
+def benchmark_bars(judged: Mapping[str, Mapping], ax: Axes | None = None) -> Axes:
+    """How far each measured value lies beyond the bar it is held against, as a factor; to the right of 1 the bar is met.
+
+    Args:
+        judged: for each label a measured value, greater than 0, and the end ``at_least`` or ``at_most`` of its interval.
+        ax: where to draw; a new figure by default.
+    """
+    factors = {}
+    for label, bar in judged.items():
+        above = bar["measured"] / bar["at_least"] if bar["at_least"] else np.inf
+        below = bar["at_most"] / bar["measured"] if bar["at_most"] else np.inf
+        factors[label] = min(above, below)
+    ax = ax or plt.subplots(figsize=(8.6, 0.8 + 0.26 * len(factors)), layout="constrained")[1]
+    colours = [COLOURS["optimum"] if factor >= 1 else COLOURS["training"] for factor in factors.values()]
+    ax.scatter(factors.values(), range(len(factors)), c=colours, zorder=3)
+    ax.axvline(1, color=COLOURS["neutral"], lw=1)
+    ax.set(xscale="log", xlabel="times better than the bar", yticks=range(len(factors)))
+    ax.set_yticklabels(factors, fontsize=8)
+    ax.invert_yaxis()
+    return ax
+
+
+def power_laws(laws: Sequence[Mapping]) -> Figure:
+    """Measured values against a size that grows, with fitted power laws, on logarithmic axes: one panel for each quantity.
+
+    Args:
+        laws: each with ``axis``, ``quantity``, ``sizes``, ``values``, ``exponent`` and ``factor``.
+    """
+    quantities = list(dict.fromkeys(law["quantity"] for law in laws))
+    require(len(quantities) > 0, "laws", "at least one power law", "none")
+    shape = (3.6 * len(quantities), 3.4)
+    figure, axes = plt.subplots(1, len(quantities), figsize=shape, squeeze=False, layout="constrained")
+    for ax, quantity in zip(axes[0], quantities, strict=True):
+        mine = [law for law in laws if law["quantity"] == quantity]
+        for law, colour in zip(mine, plt.get_cmap("viridis")(np.linspace(0, 0.9, len(mine))), strict=True):
+            sizes = np.array(law["sizes"], dtype=float)
+            ax.loglog(sizes, law["values"], "o", ms=4, color=colour)
+            fitted = law["factor"] * sizes ** law["exponent"]
+            ax.loglog(sizes, fitted, color=colour, lw=1, label=f"{law['axis']}^{law['exponent']:.2f}")
+        ax.set(xlabel="size", title=quantity.replace("_", " "))
+        ax.legend(fontsize=8)
+    return figure
