@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 EXPERIMENTS := $(patsubst book/experiments/%.ipynb,%,$(wildcard book/experiments/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help book test experiments lint
+.PHONY: help book test experiments bench lint
 
 help:
 	@echo "make book         run the digits experiment, then build the book into _build/html"
 	@echo "make test         run every test, then every notebook"
 	@echo "make experiments  run every experiment notebook and keep the executed copies and results"
+	@echo "make bench        measure cvxlib beside its competitors (hours; on an otherwise idle machine)"
 
 # The stamp is written last: an interrupted install leaves none, and the next call starts the environment afresh.
 $(VENV)/installed: pyproject.toml
@@ -39,6 +40,9 @@ experiments: $(VENV)/installed
 	  cp _build/experiments/$$name.json book/experiments/results/; \
 	  if test -f _build/experiments/$$name.png; then cp _build/experiments/$$name.png book/experiments/results/; fi; \
 	done
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

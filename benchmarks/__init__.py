@@ -1,1 +1,1 @@
-"""Measurements of cvxlib beside its competitors: ``python -m benchmarks`` (see ``benchmarks/README.md``)."""
+"""Measurements of cvxlib beside its competitors; ``python -m benchmarks`` runs them."""

@@ -166,7 +166,7 @@ def growth(base: Mapping, axes: Mapping[str, tuple], tol: float) -> tuple[Compet
 
 #: sizes that grow one at a time; gates grow on a base of their own
 GROWTH = {
-    "n": (1_000, 2_000, 4_000, 8_000, 16_000),
+    "n": (4_000, 8_000, 16_000, 32_000, 64_000),
     "s": (8, 16, 32, 64, 128),
     "d": (8, 12, 16, 24, 32),
     "c": (4, 8, 16, 32, 64),
@@ -281,7 +281,7 @@ def problems(quick: bool = False) -> dict[str, Problem]:
             name="growth",
             title="time and memory to a certified gap of 1e-3 as one size grows; pooled attention, linear (gated where gates grow)",
             build=attention,
-            size={"n": 200, "s": 4, "d": 4, "c": 3} if quick else {"n": 2_000, "s": 16, "d": 16, "c": 8},
+            size={"n": 200, "s": 4, "d": 4, "c": 3} if quick else {"n": 4_000, "s": 16, "d": 16, "c": 8},
             fraction=0.03,
             competitors=growth(GROWTH_BASE, growing, tol=1e-3),
             bars=(

@@ -96,7 +96,7 @@ def table(results: dict) -> str:
         )
     lines += [f"  {_bar(bar)}" for bar in results["bars"]]
     if results["quick"]:
-        lines.append("  tiny sizes: the bars are for the full ones")
+        lines.append("  tiny sizes and few epochs: the bars are for the full ones")
     if results["note"]:
         lines.append(f"  {results['note']}")
     return "\n".join(lines)
