@@ -18,8 +18,10 @@ from cvxlib.mixers import (
     circulant_hidden,
 )
 from cvxlib.norms import BlockNuclearNorm
+from cvxlib.path import path
 from cvxlib.programs import ConvexProgram
 from cvxlib.recovery import factor
+from cvxlib.screening import screen
 from cvxlib.solution import Certificate, Factors, Solution, Status
 from cvxlib.solvers import solve
 from cvxlib.storage import load, save
@@ -55,7 +57,9 @@ __all__ = [
     "factor",
     "gated_to_relu",
     "load",
+    "path",
     "save",
+    "screen",
     "solve",
 ]
 
