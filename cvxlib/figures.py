@@ -19,6 +19,15 @@ from cvxlib.solvers.training import Training
 
 #: one colour per role, told apart also without colour vision (Okabe and Ito 2008)
 COLOURS = {"optimum": "#0072B2", "bound": "#56B4E9", "training": "#D55E00", "gated": "#009E73", "neutral": "#666666"}
+#: one colour per head of the transfer experiment, from the same palette
+HEAD_COLOURS = {
+    "linear": "#000000",
+    "MLP": "#E69F00",
+    "self-attention": "#0072B2",
+    "MLP-Mixer": "#009E73",
+    "FNO": "#D55E00",
+    "block FNO": "#CC79A7",
+}
 
 
 def use_style() -> None:
@@ -190,3 +199,64 @@ def power_laws(laws: Sequence[Mapping]) -> Figure:
         ax.set(xlabel="size", title=quantity.replace("_", " "))
         ax.legend(fontsize=8)
     return figure
+
+
+def accuracy_against_distance(rows: Sequence[dict], ax: Axes | None = None) -> Axes:
+    """Test accuracy of trained heads against their relative distance above a certified lower bound, and of the optimum at the left end.
+
+    Every dot is one finished training; the diamond is the certified optimum of the same head, at the distance its certificate allows.
+
+    Args:
+        rows: of :func:`cvxlib.vision.transfer.run`, with at most one certified optimum for each head; heads without one are left out.
+        ax: where to draw; a new figure by default.
+
+    Raises:
+        ValueError: no certified optimum among the rows, or two for one head.
+    """
+    optima = [row for row in rows if row["method"] == "optimum"]
+    names = [row["head"] for row in optima]
+    require(0 < len(names) == len(set(names)), "rows", "one certified optimum for each head", f"those of {names}")
+    ax = ax or plt.subplots(figsize=(6.4, 4.2))[1]
+    for optimum in optima:
+        colour, key = HEAD_COLOURS[optimum["head"]], (optimum["head"], optimum["activation"])
+        mine = [row for row in rows if (row["head"], row["activation"]) == key and row["objective"] is not None]
+        mine = sorted(mine, key=lambda row: row["objective"])
+        # a certificate can be tighter than the axis is long
+        x = [max(row["objective"] / optimum["dual"] - 1, 1e-4) for row in mine]
+        y = [100 * row["top1"] for row in mine]
+        ax.plot(x, y, color=colour, lw=0.8, alpha=0.35)
+        ax.plot(x[1:], y[1:], "o", color=colour, ms=4.5, alpha=0.75, mec="white", mew=0.4)
+        ax.plot(x[0], y[0], "D", color=colour, ms=8, mec="white", label=optimum["head"])
+    ax.set_xscale("log")
+    ax.set(xlabel="relative distance above the certified lower bound", ylabel="test accuracy, percent")
+    ax.legend(fontsize=8, title="head (diamond: certified optimum)", title_fontsize=8)
+    return ax
+
+
+def transfer_accuracy(table: Sequence[dict], ax: Axes | None = None) -> Axes:
+    """Top-1 test accuracy of every head, trained by AdamW (mean and spread over seeds) and at its certified optimum, best at the top.
+
+    Args:
+        table: from :func:`cvxlib.vision.summary.summarise`, of one beta.
+        ax: where to draw; a new figure by default.
+    """
+    require(len(table) > 0, "table", "at least one head", "none")
+    ax = ax or plt.subplots(figsize=(7.2, 0.6 + 0.3 * len(table)))[1]
+
+    def best(entry: dict) -> float:
+        return max(entry["AdamW"]["top1"]["mean"], (entry["optimum"] or {"top1": 0.0})["top1"])
+
+    ordered = sorted(table, key=best)
+    labels = [f"{e['head']}, {e['activation']}" if e["activation"] != "none" else e["head"] for e in ordered]
+    for k, entry in enumerate(ordered):
+        colour, trained = HEAD_COLOURS[entry["head"]], entry["AdamW"]["top1"]
+        mean, spread = 100 * trained["mean"], 100 * trained["spread"]
+        ax.errorbar(mean, k, xerr=spread, fmt="o", color=colour, mfc="white", ms=6, capsize=3)
+        if entry["optimum"]:
+            ax.plot(100 * entry["optimum"]["top1"], k, "D", color=colour, ms=7)
+    ax.plot([], [], "o", color=COLOURS["neutral"], mfc="white", label="AdamW, mean and spread over seeds")
+    ax.plot([], [], "D", color=COLOURS["neutral"], label="certified optimum")
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set(xlabel="top-1 test accuracy, percent")
+    ax.legend(fontsize=8, loc="lower right")
+    return ax

@@ -1,0 +1,393 @@
+r"""The transfer experiment: heads on the tokens of a frozen backbone, trained by a protocol and solved to a certificate.
+
+Every head is trained by AdamW, and where its training problem has a convex program with fixed gates, that is solved as well. A result is a
+*row*, a dictionary ready for JSON; finished rows are kept on disk, so that an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import cvxlib
+from cvxlib._checks import instance, positive_float, positive_int, require, wrong_type
+from cvxlib.activations import Activation, GatedReLU, Linear, ReLU
+from cvxlib.baselines import LinearHead, SoftmaxAttention
+from cvxlib.certify import predict
+from cvxlib.heads import Head
+from cvxlib.losses import CrossEntropy
+from cvxlib.mixers import FNO, MLP, BlockFNO, Mixer, MLPMixer, SelfAttention
+from cvxlib.programs import ConvexProgram
+from cvxlib.provenance import write_json
+from cvxlib.solution import Certificate, Status
+from cvxlib.solvers import solve
+from cvxlib.vision.digits import TokenSplit
+from cvxlib.vision.protocol import Protocol, choose_rate
+
+#: the heads, and the activations that each can have
+HEADS: dict[str, tuple[str, ...]] = {
+    "linear": ("none",),
+    "MLP": ("linear", "gated ReLU", "ReLU"),
+    "self-attention": ("linear", "gated ReLU", "ReLU", "softmax"),
+    "MLP-Mixer": ("linear", "gated ReLU", "ReLU"),
+    "FNO": ("linear", "gated ReLU", "ReLU"),
+    "block FNO": ("linear", "gated ReLU", "ReLU"),
+}
+
+#: the activations whose training problem has a certified optimum of its own
+CONVEX = ("none", "linear", "gated ReLU")
+
+#: singular values below this fraction of the largest do not count for the rank
+RANK_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Experiment:
+    r"""Data, protocol and sizes of a transfer experiment; makes the networks, trains them and solves their programs.
+
+    Args:
+        data: tokens and labels; see :func:`interleave` for block FNO.
+        protocol: how AdamW trains.
+        neurons: m, of every network that is trained; a multiple of ``gates`` times ``blocks``.
+        gates: P, of gated ReLU: one that is always open and P - 1 random ones.
+        blocks: B, of block FNO.
+        tol: certified relative gap at which a solve stops.
+        max_iterations: of a solve.
+        gate_seed: of the random gates.
+    """
+
+    data: TokenSplit = field(repr=False)
+    protocol: Protocol = field(default_factory=Protocol)
+    neurons: int = 16
+    gates: int = 4
+    blocks: int = 2
+    tol: float = 1e-2
+    max_iterations: int = 20_000
+    gate_seed: int = 0
+
+    def __post_init__(self) -> None:
+        instance("data", self.data, TokenSplit, "a TokenSplit")
+        instance("protocol", self.protocol, Protocol, "a Protocol")
+        for name in ("neurons", "gates", "blocks", "max_iterations"):
+            positive_int(name, getattr(self, name))
+        positive_float("tol", self.tol)
+        step = self.gates * self.blocks
+        require(self.neurons % step == 0, "neurons", f"a multiple of gates x blocks = {step}", self.neurons)
+
+    @cached_property
+    def setting(self) -> dict:
+        """All that a row depends on besides its own entries, ready for JSON; the data by their shapes and a SHA-256."""
+        digest = hashlib.sha256()
+        for part in (self.data.tokens, self.data.labels, self.data.test_tokens, self.data.test_labels):
+            digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("data", "protocol")}
+        return {
+            "data": {
+                "train": len(self.data.tokens),
+                "test": len(self.data.test_tokens),
+                "tokens": self.data.tokens.shape[1],
+                "features": self.data.tokens.shape[2],
+                "classes": self.data.classes,
+                "sha256": digest.hexdigest(),
+            },
+            "protocol": json.loads(json.dumps(dataclasses.asdict(self.protocol))),
+            "sizes": sizes,
+            "cvxlib": cvxlib.__version__,
+        }
+
+    # the parts
+
+    def mixer(self, head: str) -> Mixer:
+        """The mixer of a head; the linear head and softmax attention borrow that of the token-wise MLP and of self-attention."""
+        (_, s, d), c = self.data.tokens.shape, self.data.classes
+        mixers: dict[str, Callable[[], Mixer]] = {
+            "linear": lambda: MLP(d, c),
+            "MLP": lambda: MLP(d, c),
+            "self-attention": lambda: SelfAttention(d, c),
+            "MLP-Mixer": lambda: MLPMixer(s, d, c),
+            "FNO": lambda: FNO(s, d, c),
+            "block FNO": lambda: BlockFNO(s, d, c, self.blocks),
+        }
+        require(head in mixers, "head", f"one of {', '.join(mixers)}", repr(head))
+        return mixers[head]()
+
+    def activation(self, head: str, activation: str) -> Activation:
+        """The activation of a head."""
+        known = HEADS.get(head, ())
+        require(activation in known, "activation", f"one of {', '.join(known)} for {head}", repr(activation))
+        if activation == "gated ReLU":
+            directions = GatedReLU.sample(self.mixer(head), self.gates, self.gate_seed).directions
+            directions[0] = 0  # 0 >= 0: open everywhere, so the optimum is no worse than the linear one
+            return GatedReLU(directions)
+        return ReLU() if activation == "ReLU" else Linear()
+
+    def program(self, head: str, activation: str, beta: float, dtype: torch.dtype = torch.float64) -> ConvexProgram:
+        """The program of a head, pooled, with cross-entropy; for the linear head and softmax it only supplies the training data."""
+        mixer, gates = self.mixer(head), self.activation(head, activation)
+        return ConvexProgram(mixer, gates, CrossEntropy(), self.data.tokens.to(dtype), self.data.labels, beta)
+
+    def network(self, head: str, activation: str, seed: int) -> nn.Module:
+        """The network that is trained, with ``neurons`` neurons and random weights, in float32."""
+        d, c = self.data.tokens.shape[2], self.data.classes
+        if activation == "none":
+            return LinearHead(d, c)
+        if activation == "softmax":
+            return SoftmaxAttention(d, c, self.neurons, seed=seed)
+        mixer, gates = self.mixer(head), self.activation(head, activation)
+        return Head.random(mixer, gates, self.neurons // (gates.count * mixer.blocks), seed=seed)
+
+    # the rows
+
+    def train(self, head: str, activation: str, beta: float, *, rate: float, epochs: int, seed: int) -> dict:
+        """One training by the protocol, in float32, evaluated in float64.
+
+        Returns:
+            The row: objective, accuracies, neurons, rank, parameters and seconds; ``objective`` is None where training diverged.
+
+        Raises:
+            KeyboardInterrupt: the training was interrupted.
+        """
+        begin = time.perf_counter()
+        program = self.program(head, activation, beta, torch.float32)
+        network = self.network(head, activation, seed)
+        training = self.protocol.fit(program, network, rate, epochs=epochs, seed=seed)
+        if training.interrupted:
+            raise KeyboardInterrupt
+        seconds = time.perf_counter() - begin
+        row = {"head": head, "activation": activation, "beta": beta, "method": "AdamW"}
+        row |= {"rate": rate, "epochs": epochs, "seed": seed}
+        return row | self._evaluate(training.head, beta) | {"seconds": round(seconds, 2)}
+
+    def optimum(self, head: str, activation: str, beta: float) -> dict:
+        """The certified optimum of a head's training problem.
+
+        Returns:
+            The row: the same entries as of a training, and dual value, relative gap, status, solver and evaluations.
+
+        Raises:
+            ValueError: an activation without a convex program of fixed gates.
+            KeyboardInterrupt: the solve was interrupted.
+        """
+        require(activation in CONVEX, "activation", f"one of {', '.join(CONVEX)}", repr(activation))
+        begin = time.perf_counter()
+        program = self.program(head, activation, beta)
+        if activation == "none":
+            network, certificate = ridge(program, self.max_iterations)
+            facts = {"status": "strongly convex", "solver": "L-BFGS on the weights", "evaluations": None}
+        else:
+            solution = solve(program, tol=self.tol, max_iterations=self.max_iterations)
+            if solution.status is Status.INTERRUPTED:
+                raise KeyboardInterrupt
+            network, certificate = solution.head(), solution.certificate
+            facts = {"status": solution.status.name, "solver": solution.solver, "evaluations": solution.evaluations}
+        seconds = time.perf_counter() - begin
+        row = {"head": head, "activation": activation, "beta": beta, "method": "optimum"}
+        row |= self._evaluate(network, beta) | {"seconds": round(seconds, 2)}
+        # the certificate's own primal value, which the network attains to rounding
+        bounds = {"objective": certificate.primal, "dual": certificate.dual, "gap": certificate.relative_gap}
+        return row | bounds | facts
+
+    @torch.no_grad()
+    def _evaluate(self, network: nn.Module, beta: float) -> dict:
+        """Objective, accuracies and sizes of a network."""
+        network = network.double()
+        data, classes = self.data, self.data.classes
+        logits = logits_of(network, data.tokens.double())
+        test_logits = logits_of(network, data.test_tokens.double())
+        loss = float(CrossEntropy().value(logits, data.labels).mean())
+        objective = loss + beta * float(network.weight_decay())
+        return {
+            "objective": objective if math.isfinite(objective) else None,
+            "loss": loss if math.isfinite(loss) else None,
+            "train_top1": top_k_accuracy(logits, data.labels, classes, 1),
+            "top1": top_k_accuracy(test_logits, data.test_labels, classes, 1),
+            "top5": top_k_accuracy(test_logits, data.test_labels, classes, 5),
+            "neurons": 0 if isinstance(network, LinearHead) else len(network.u),
+            "rank": rank_of(network),
+            "parameters": sum(weight.numel() for weight in network.parameters()),
+        }
+
+
+def interleave(data: TokenSplit, blocks: int) -> TokenSplit:
+    """Features dealt out in turn, so that each of ``blocks`` blocks sees some of the leading features and some of the positions.
+
+    Raises:
+        ValueError: ``blocks`` does not divide the number of features.
+    """
+    d = data.tokens.shape[2]
+    require(d % positive_int("blocks", blocks) == 0, "blocks", f"a divisor of the {d} features", blocks)
+    order = torch.arange(d).reshape(-1, blocks).T.flatten()
+    return dataclasses.replace(data, tokens=data.tokens[..., order], test_tokens=data.test_tokens[..., order])
+
+
+@torch.no_grad()
+def logits_of(network: nn.Module, tokens: Tensor) -> Tensor:
+    """Predictions (n, c) of any network for tokens (n, s, d), in parts of bounded memory."""
+    if isinstance(network, Head):
+        return predict(network, tokens)
+    return torch.cat([network(part) for part in tokens.split(200)])
+
+
+def top_k_accuracy(logits: Tensor, labels: Tensor, classes: int, k: int) -> float:
+    """Share of samples whose class is among the k largest logits (n, c); k is at most the number of classes."""
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    accuracy = multiclass_accuracy(logits.nan_to_num(), labels, classes, average="micro", top_k=min(k, classes))
+    return round(float(accuracy), 6)  # it comes in single precision
+
+
+@torch.no_grad()
+def rank_of(network: nn.Module) -> int:
+    r"""The number of neurons that matter, counted where singular values exceed :data:`RANK_TOLERANCE` of the largest.
+
+    For fixed gates those of the lifted matrices :math:`\sum_j u_j \operatorname{vec}(V_j)^\top`, one for each gate and block; for ReLU and
+    softmax, whose neurons cannot be merged, the sizes :math:`\|u_j\| \|V_j\|`; for the linear head those of its matrix.
+    """
+    if isinstance(network, LinearHead):
+        sizes = torch.linalg.svdvals(network.weight)
+    elif isinstance(network, Head) and not isinstance(network.activation, ReLU):
+        found = []
+        for slot in torch.stack([network.block, network.gate]).unique(dim=1).T:
+            mine = (network.block == slot[0]) & (network.gate == slot[1])
+            # the singular values of U^T V without forming it
+            left, right = (torch.linalg.qr(w[mine].flatten(1).T).R for w in (network.u, network.v))
+            found.append(torch.linalg.svdvals(left @ right.T))
+        sizes = torch.cat(found) if found else torch.zeros(0)
+    else:
+        sizes = network.u.flatten(1).norm(dim=1) * network.v.flatten(1).norm(dim=1)
+    return int((sizes > RANK_TOLERANCE * sizes.max()).sum()) if len(sizes) else 0
+
+
+def ridge(program: ConvexProgram, max_iterations: int = 20_000) -> tuple[LinearHead, Certificate]:
+    r"""The optimal linear head :math:`f(X) = \bar x^\top W` with penalty :math:`\tfrac\beta2\|W\|^2`, by L-BFGS.
+
+    The objective :math:`J` is :math:`\beta`-strongly convex, which is its certificate: :math:`J(W) - \tfrac1{2\beta}\|\nabla J(W)\|^2 \le J^\star`.
+
+    Args:
+        program: a pooled program, for its loss, data and beta; its mixer and activation are not used.
+        max_iterations: of L-BFGS.
+
+    Returns:
+        The head and the interval that holds the optimum.
+    """
+    from scipy.optimize import minimize
+
+    require(program.pool == "mean", "program", "a pooled program", f"pool={program.pool!r}")
+    d, c, n = program.tokens.shape[2], program.mixer.outputs, program.samples
+    mean = program.tokens.double().mean(1)
+
+    def objective(w: Tensor) -> tuple[float, Tensor]:
+        predictions = mean @ w
+        value = float(program.loss.value(predictions, program.rows).mean()) + program.beta / 2 * float(w.square().sum())
+        return value, mean.T @ program.loss.gradient(predictions, program.rows) / n + program.beta * w
+
+    def flat(x) -> tuple[float, object]:
+        value, gradient = objective(torch.from_numpy(x).to(mean).reshape(d, c))
+        return value, gradient.flatten().cpu().numpy()
+
+    options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations, "ftol": 0.0, "gtol": 1e-10, "maxcor": 50}
+    found = minimize(
+        flat, torch.zeros(d * c, dtype=torch.float64).numpy(), jac=True, method="L-BFGS-B", options=options
+    )
+    head = LinearHead(d, c, dtype=torch.float64).to(mean.device)
+    head.weight.data = torch.from_numpy(found.x).to(mean).reshape(d, c)
+    value, gradient = objective(head.weight.data)
+    return head, Certificate(value, value - float(gradient.square().sum()) / (2 * program.beta))
+
+
+class Rows:
+    """Finished rows, one small file each; several processes may fill the same folder.
+
+    Args:
+        folder: where they are kept.
+        setting: what all rows depend on; rows of another setting are never mixed up with these.
+    """
+
+    def __init__(self, folder: str | Path, setting: dict) -> None:
+        self.folder, self.setting = Path(folder), setting
+
+    def path(self, key: dict) -> Path:
+        """The file of a row."""
+        digest = hashlib.sha256(json.dumps([self.setting, key], sort_keys=True).encode()).hexdigest()
+        name = "-".join(str(key[part]) for part in ("head", "activation", "method")).replace(" ", "_")
+        return self.folder / f"{name}-{digest[:16]}.json"
+
+    def get(self, key: dict, compute: Callable[[], dict]) -> dict:
+        """The row of a key: from its file where there is one, else computed and written."""
+        path = self.path(key)
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        row = compute()
+        write_json(path, row)
+        return row
+
+
+def run(
+    experiment: Experiment,
+    rows: Rows,
+    *,
+    heads: Iterable[str] = tuple(HEADS),
+    betas: Sequence[float] | None = None,
+    seeds: int = 3,
+    lengths: Sequence[int] = (),
+    progress: bool = True,
+) -> list[dict]:
+    """Train and solve every head; finished rows are taken from disk, and an interrupt loses the row in progress at most.
+
+    The learning rate is chosen by training accuracy, with the first seed and the protocol's full length; the other seeds, and the
+    shorter trainings, run at the chosen rate.
+
+    Args:
+        experiment: what to run.
+        rows: where rows are kept.
+        heads: some of :data:`HEADS`.
+        betas: weight decays of the programs; the protocol's own by default.
+        seeds: number of seeds 0, 1, ...
+        lengths: further numbers of epochs, each a training of its own with the schedule squeezed to it.
+        progress: show a bar.
+
+    Returns:
+        All rows in a fixed order.
+    """
+    instance("experiment", experiment, Experiment, "an Experiment")
+    if isinstance(heads, str):
+        raise wrong_type("heads", f"a list of {', '.join(HEADS)}", heads)
+    heads = list(heads)
+    for head in heads:
+        require(head in HEADS, "heads", f"some of {', '.join(HEADS)}", repr(head))
+    protocol, seeds = experiment.protocol, positive_int("seeds", seeds)
+    betas = [protocol.weight_decay(len(experiment.data.tokens))] if betas is None else list(betas)
+    lengths = [positive_int("lengths", length) for length in lengths]
+    jobs = [(beta, head, activation) for beta in betas for head in heads for activation in HEADS[head]]
+    found: list[dict] = []
+    with tqdm(jobs, desc="heads", disable=not progress) as bar:
+        for beta, head, activation in bar:
+            key = {"head": head, "activation": activation, "beta": beta}
+
+            def training(rate: float, epochs: int, seed: int, key: dict = key) -> dict:
+                job = {"rate": rate, "epochs": epochs, "seed": seed}
+                row = rows.get(key | {"method": "AdamW"} | job, lambda: experiment.train(**key, **job))
+                found.append(row)
+                return row
+
+            bar.set_postfix_str(f"{head}, {activation}, beta {beta:.1e}")
+            if activation in CONVEX:
+                found.append(rows.get(key | {"method": "optimum"}, lambda key=key: experiment.optimum(**key)))
+            tried = {rate: training(rate, protocol.epochs, 0)["train_top1"] for rate in protocol.learning_rates}
+            rate = choose_rate(tried)
+            for seed in range(seeds):
+                for epochs in (protocol.epochs, *lengths):
+                    if (seed, epochs) != (0, protocol.epochs):
+                        training(rate, epochs, seed)
+    return found
