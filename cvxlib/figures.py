@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cvxlib._checks import require
 from cvxlib.heads import Head
+from cvxlib.path import Path
 from cvxlib.solution import Solution
 from cvxlib.solvers.training import Training
 
@@ -260,3 +261,28 @@ def transfer_accuracy(table: Sequence[dict], ax: Axes | None = None) -> Axes:
     ax.set(xlabel="top-1 test accuracy, percent")
     ax.legend(fontsize=8, loc="lower right")
     return ax
+
+
+def regularisation_path(found: Path, accuracy: Tensor | None = None) -> Figure:
+    """Heads, accuracy and certified gap along a regularisation path, from the largest weight decay on the left to the smallest.
+
+    Args:
+        found: the path.
+        accuracy: (m,) the share of labels that each point predicts; one panel fewer without.
+    """
+    require(len(found) > 0, "found", "a path with at least one point", "none")
+    panels = 2 if accuracy is None else 3
+    figure, axes = plt.subplots(1, panels, figsize=(3.2 * panels, 3.2))
+    betas = found.betas / found.betas[0]
+    axes[0].plot(betas, found.rank, "o-", ms=4, color=COLOURS["optimum"])
+    axes[0].set(ylabel="heads", ylim=(0, None))
+    if accuracy is not None:
+        axes[1].plot(betas, 100 * accuracy, "o-", ms=4, color=COLOURS["gated"])
+        axes[1].set(ylabel="accuracy, percent", ylim=(0, 100))
+    gaps = found.relative_gap.clamp(min=torch.finfo(torch.float64).eps)
+    axes[-1].plot(betas, gaps, "o-", ms=4, color=COLOURS["bound"])
+    axes[-1].set(ylabel="certified relative gap", yscale="log")
+    for ax in axes:
+        ax.set(xscale="log", xlabel=r"$\beta$ / first $\beta$")
+        ax.invert_xaxis()
+    return figure
