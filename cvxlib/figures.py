@@ -281,7 +281,8 @@ def regularisation_path(found: Path, accuracy: Tensor | None = None) -> Figure:
         axes[1].set(ylabel="accuracy, percent", ylim=(0, 100))
     gaps = found.relative_gap.clamp(min=torch.finfo(torch.float64).eps)
     axes[-1].plot(betas, gaps, "o-", ms=4, color=COLOURS["bound"])
-    axes[-1].set(ylabel="certified relative gap", yscale="log")
+    # the gap at beta_max is rounding, and would flatten all others
+    axes[-1].set(ylabel="certified relative gap", yscale="log", ylim=(float(gaps.max()) / 1e3, None))
     for ax in axes:
         ax.set(xscale="log", xlabel=r"$\beta$ / first $\beta$")
         ax.invert_xaxis()
