@@ -1,7 +1,7 @@
-r"""The independent audit: certificates computed from a network's own forward pass, in float64.
+r"""The audit: certificates computed from a network's own forward pass, in float64.
 
-Nothing here uses the lifted operator that the solvers use. Predictions come from the module, and the lifted gradient
-from the adjoint of the mixer's ``hidden`` map as autograd gives it, streamed over samples.
+Predictions come from the module, streamed over samples. The lifted gradient comes from the contractions that the solvers use as well, or,
+for an audit that shares nothing with them, from the adjoint of the mixer's ``hidden`` map as autograd gives it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Certificate
 
 
-def certify(program: ConvexProgram, head: Head, dual_point: Tensor | None = None) -> Certificate:
+def certify(
+    program: ConvexProgram, head: Head, dual_point: Tensor | None = None, *, independent: bool = False
+) -> Certificate:
     r"""How far a trained head is from the global optimum of its training problem, whoever trained it and however.
 
     .. math:: \text{dual}(\rho) \;\le\; p^\star \;\le\;
@@ -33,6 +35,7 @@ def certify(program: ConvexProgram, head: Head, dual_point: Tensor | None = None
         program: the convex program of the head's training problem.
         head: a head with the program's mixer, activation and pooling, and any number of neurons.
         dual_point: (rows, c) a further candidate for the dual point.
+        independent: take the lifted gradient from autograd through the mixer's ``hidden``, which shares no code with the solvers; slower.
 
     Returns:
         The certificate, evaluated in float64.
@@ -56,26 +59,30 @@ def certify(program: ConvexProgram, head: Head, dual_point: Tensor | None = None
         f"{head.activation!r}",
     )
 
-    exact = program.double()
-    head = copy.deepcopy(head).to(exact.tokens)
-    predictions = predict(head, exact.tokens).reshape(-1, program.mixer.outputs)
-    primal = exact.data_loss(predictions) + exact.beta * float(head.weight_decay().detach())
+    if dual_point is not None:
+        rows = (program.operator.rows, program.mixer.outputs)
+        require(tuple(dual_point.shape) == rows, "dual_point", f"shape {rows}", dual_point)
+    exact = program.in_double()
+    predictions = predict(copy.deepcopy(head).to(program.tokens.device, torch.float64), program.tokens)
+    predictions = predictions.reshape(-1, program.mixer.outputs)
+    primal = exact.data_loss(predictions) + exact.beta * float(head.weight_decay().detach().double())
     candidates = [exact.loss.gradient(predictions, exact.rows)]
     if dual_point is not None:
-        require(dual_point.shape == predictions.shape, "dual_point", f"shape {tuple(predictions.shape)}", dual_point)
         # a point made in single precision is feasible to its own rounding only
         candidates.append(exact.loss.to_domain(dual_point.to(predictions), exact.rows))
-    bounds = [exact.feasible_dual(residual, dual_norm(exact, residual)) for residual in candidates]
+    norm = dual_norm if independent else ConvexProgram.dual_norm
+    bounds = [exact.feasible_dual(residual, norm(exact, residual)) for residual in candidates]
     dual, point = max(bounds, key=lambda bound: bound[0])
     return Certificate(primal, dual, point, torch.float64)
 
 
 @torch.no_grad()
 def predict(head: Head, tokens: Tensor) -> Tensor:
-    """Predictions of a head for tokens (n, s, d), in chunks of bounded memory."""
+    """Predictions of a head for tokens (n, s, d), in the head's precision and in chunks of bounded memory."""
     seen = head.mixer.split(tokens)[0]
     sizes = [len(part) for part in chunks(head.mixer, seen, 3 * len(head) + head.activation.count)]
-    return torch.cat([head(part) for part in tokens.split(sizes)])
+    dtype = next(head.parameters()).dtype
+    return torch.cat([head(part.to(dtype)) for part in tokens.split(sizes)])
 
 
 def dual_norm(program: ConvexProgram, dual: Tensor) -> float:
@@ -107,9 +114,10 @@ def lifted_gradient(mixer: Mixer, activation: Activation, tokens: Tensor, dual: 
     Returns:
         (P, p, q) one matrix per gate.
     """
-    total = tokens.new_zeros(activation.count, mixer.p, mixer.q)
+    total = dual.new_zeros(activation.count, mixer.p, mixer.q)
     start = 0
-    for part in chunks(mixer, tokens, 3 * mixer.q + activation.count):
+    for part in chunks(mixer, tokens, 6 * mixer.q + activation.count):
+        part = part.to(dual)
         rho = dual[start : start + len(part)]
         start += len(part)
         masks = activation.masks(mixer, part, block)

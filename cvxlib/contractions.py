@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class Contraction(abc.ABC):
     """The design tensors of some rows, for every gate of one block of a mixer."""
 
+    #: number of rows
+    rows: int
     #: floating point operations that the features of one head take
     flops: float
     #: bytes that one head's features need while they are computed
@@ -42,6 +44,11 @@ class Contraction(abc.ABC):
     def design(self, gate: int) -> Tensor:
         """(rows, p, w) the design tensor of one gate, formed after all."""
 
+    def adjoint(self, dual: Tensor, gate: int) -> Tensor:
+        r"""(p, w, c) :math:`\sum_i T_{i,g} \otimes \rho_i` for dual (rows, c)."""
+        design = self.design(gate)
+        return (design.flatten(1).mT @ dual).unflatten(0, design.shape[1:])
+
     @abc.abstractmethod
     def split(self, step: int) -> list[Contraction]:
         """The same in parts of ``step`` samples."""
@@ -57,6 +64,10 @@ class Design(Contraction):
     """The design tensor as it is, (rows, P, p, w)."""
 
     tensor: Tensor
+
+    @property
+    def rows(self) -> int:
+        return len(self.tensor)
 
     @property
     def flops(self) -> float:
@@ -97,6 +108,10 @@ class GramMatrices(Contraction):
     gram: Tensor
 
     @property
+    def rows(self) -> int:
+        return len(self.gram)
+
+    @property
     def flops(self) -> float:
         return 2.0 * self.gram.numel() + 2.0 * self.queries.numel() * self.gram.shape[1]
 
@@ -120,6 +135,12 @@ class GramMatrices(Contraction):
     def design(self, gate: int) -> Tensor:
         return (self.queries.unsqueeze(2).unsqueeze(3) * self.gram.unsqueeze(1)).flatten(1, 2)
 
+    def adjoint(self, dual: Tensor, gate: int) -> Tensor:
+        d, c = self.queries.shape[1], dual.shape[1]
+        pairs = (self.queries.unsqueeze(2) * dual.unsqueeze(1)).flatten(1)  # (n, d c)
+        total = (pairs.mT @ self.gram.flatten(1)).reshape(d, c, *self.gram.shape[1:])
+        return total.movedim(1, 3).flatten(0, 1)
+
     def split(self, step: int) -> list[Contraction]:
         return [GramMatrices(*parts) for parts in zip(self.queries.split(step), self.gram.split(step), strict=True)]
 
@@ -137,6 +158,10 @@ class MeanQueries(Contraction):
     queries: Tensor
     keys: Tensor
     values: Tensor
+
+    @property
+    def rows(self) -> int:
+        return len(self.keys)
 
     @property
     def flops(self) -> float:
@@ -192,6 +217,10 @@ class HiddenMatrices(Contraction):
     tokens: Tensor
     masks: Tensor
     pooled: bool
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens) * (1 if self.pooled else self._hidden(1).shape[2])
 
     @property
     def flops(self) -> float:

@@ -6,7 +6,7 @@ a line they are a quadratic polynomial of the step, whose coefficients cost one 
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -110,20 +110,28 @@ class FactoredOperator:
 
     def _choose(self) -> tuple[Callable[[Tensor, int], Contraction], str, float, float, float]:
         """The contraction that takes least time, its name, workspace and memory per sample, and operations per head and sample."""
-        candidates = {}
-        makers = {"hidden matrices": self._hidden, "design tensor": self._design}
-        if self.pooled and self._pooled(self.tokens[:1], 0) is not None:
-            makers = {"query-key form": self._pooled, "design tensor": self._design}
-        for name, make in makers.items():
-            part = make(self._seen(self.tokens[:1])[0], 0)
-            small = part.bytes * len(self.tokens) * self.mixer.blocks <= self.memory
-            reads = FLOPS_PER_BYTE * part.bytes / HEADS
-            # a design tensor that does not fit would have to be formed, head by head, in every pass
-            cost = (part.flops + reads) * (1 if small or make is not self._design else self.mixer.p)
-            size = part.bytes * self.mixer.blocks
-            label = {"GramMatrices": "Gram matrices", "MeanQueries": "gate-averaged queries"}.get(type(part).__name__, name)
-            candidates[name] = (cost, (make, label, max(part.workspace, 1.0), size, part.flops * self.mixer.blocks))
-        return min(candidates.values(), key=lambda pair: pair[0])[1]
+        one, n, b = self._seen(self.tokens[:1])[0], len(self.tokens), self.mixer.blocks
+        pooled = self._pooled(one, 0) if self.pooled else None
+        part = pooled if pooled is not None else self._hidden(one, 0)
+        name = re.sub(r"(?<!^)([A-Z])", r" \1", type(part).__name__).lower()
+        # a design tensor would have to be formed head by head in every pass, if it could not be kept
+        numbers = part.rows * self.mixer.p * self.mixer.width
+        size = numbers * self.activation.count * b * one.element_size()
+        if size * n <= self.memory and 2 * numbers + self._reading(size / b) < part.flops + self._reading(part.bytes):
+            return (
+                self._design,
+                "design tensor",
+                part.rows * self.mixer.width * one.element_size(),
+                size,
+                2.0 * numbers * b,
+            )
+        make = self._hidden if pooled is None else self._pooled
+        return make, name, max(part.workspace, 1.0), part.bytes * b, part.flops * b
+
+    @staticmethod
+    def _reading(size: float) -> float:
+        """The operations that reading so many bytes is worth, for one head of many."""
+        return FLOPS_PER_BYTE * size / HEADS
 
     # the parts
 
@@ -219,10 +227,9 @@ class FactoredOperator:
                 start = 0
                 for piece in contraction.split(step):
                     for slot in (self.block == b).nonzero().flatten().tolist():
-                        design = piece.design(int(self.gate[slot])).flatten(1)
-                        rho = columns[b][start : start + len(design)]
-                        total[slot] += (design.mT @ rho).reshape(total[slot].shape)
-                    start += len(design)
+                        rho = columns[b][start : start + piece.rows]
+                        total[slot] += piece.adjoint(rho, int(self.gate[slot])).flatten(1)
+                    start += piece.rows
         return self.reduce(total)
 
     def core(self, left: Tensor, right: Tensor, k: Tensor) -> CoreOperator:

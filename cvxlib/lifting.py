@@ -86,9 +86,7 @@ class LiftedOperator:
         self, mixer: Mixer, activation: Activation, tokens: Tensor, pooled: bool, reduce: OneProcess = ALONE
     ) -> None:
         self.mixer, self.activation, self.tokens, self.pooled, self.reduce = mixer, activation, tokens, pooled, reduce
-        kept = [
-            distinct_gates(mixer, activation, seen, b, reduce) for b, seen in enumerate(mixer.split(tokens))
-        ]
+        kept = [distinct_gates(mixer, activation, seen, b, reduce) for b, seen in enumerate(mixer.split(tokens))]
         #: (K,) the gate of each lifted block, in order of the mixer's blocks
         self.gate = torch.tensor([g for gates in kept for g in gates], device=tokens.device)
         #: (K,) the mixer's block of each lifted block
@@ -111,6 +109,11 @@ class LiftedOperator:
     def shape(self) -> tuple[int, int, int]:
         """(K, p, q) of the lifted blocks."""
         return len(self.gate), self.mixer.p, self.mixer.q
+
+    @property
+    def bytes(self) -> int:
+        """The size of the design tensors."""
+        return self.rows * len(self.gate) * self.mixer.p * self.mixer.width * self.tokens.element_size()
 
     @functools.cached_property
     def rows(self) -> int:

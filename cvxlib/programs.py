@@ -24,6 +24,9 @@ from cvxlib.solution import Certificate, Factors
 #: stacked data of a ReLU with more entries than this are not formed: then no lower bound but 0 is left
 LARGEST_STACK = 50_000_000
 
+#: bytes of a design tensor that is formed and kept; a larger one is only contracted
+LARGEST_DESIGN = 2**30
+
 
 class ConvexProgram:
     r"""The convex program whose optimal value is that of a wide enough head trained with weight decay.
@@ -95,6 +98,9 @@ class ConvexProgram:
     @functools.cached_property
     def factored(self) -> FactoredOperator:
         """The same operator for factors, which never forms the design tensor."""
+        return self._factored(self.tokens.dtype)
+
+    def _factored(self, dtype: torch.dtype) -> FactoredOperator:
         operator = self.operator
         return FactoredOperator(
             self.mixer,
@@ -105,6 +111,7 @@ class ConvexProgram:
             operator.block,
             operator.rows,
             self.reduce,
+            dtype=dtype,
         )
 
     @functools.cached_property
@@ -156,6 +163,16 @@ class ConvexProgram:
             self.mixer, self.activation, self.loss, self.tokens.double(), targets, self.beta, self.pool
         )
 
+    def in_double(self) -> ConvexProgram:
+        """The same program for arithmetic in float64 on the tokens as they are, which are converted part by part and never copied whole."""
+        other = copy.copy(self)
+        if self.tokens.dtype == torch.float64:
+            return other
+        other.__dict__.pop("rows", None)
+        other.targets = self.targets.double() if self.targets.is_floating_point() else self.targets
+        other.factored = self._factored(torch.float64)
+        return other
+
     # values
 
     def data_loss(self, predictions: Tensor) -> float:
@@ -168,7 +185,12 @@ class ConvexProgram:
 
     def gradient(self, predictions: Tensor) -> Tensor:
         """(K, p, q) the gradient of the data term in the lifted blocks, at predictions (rows, c)."""
-        return self.operator.adjoint(self.loss.gradient(predictions, self.rows)) / self.samples
+        return self.adjoint(self.loss.gradient(predictions, self.rows)) / self.samples
+
+    def adjoint(self, dual: Tensor) -> Tensor:
+        """(K, p, q) the adjoint of the lifted operator, applied to (rows, c), without forming the design tensor where that is large."""
+        operator = self.operator if self.operator.bytes <= LARGEST_DESIGN else self.factored
+        return (operator if dual.dtype == self.tokens.dtype else self.factored).adjoint(dual)
 
     def beta_max(self) -> float:
         r"""The smallest beta whose solution is 0, :math:`\max_k \|\nabla_k F(0)\|_2`."""
@@ -184,7 +206,7 @@ class ConvexProgram:
         infinite where the stacked data are too large to be formed.
         """
         if self.enumerated:
-            return float(self.norm.dual(self.operator.adjoint(point))) / self.samples
+            return float(self.norm.dual(self.adjoint(point))) / self.samples
         if self.stacked * self.mixer.p > LARGEST_STACK:
             return math.inf
         per_sample = point.reshape(self.samples, -1, self.mixer.blocks, self.mixer.block_outputs).double().cpu()
@@ -200,7 +222,7 @@ class ConvexProgram:
         r"""The dual objective :math:`-\tfrac1n \sum_i \ell^*(\rho_i, y_i)` at a point (rows, c); a lower bound where it is feasible."""
         return -float(self.reduce(self.loss.conjugate(point, self.rows).sum())) / self.samples
 
-    def feasible_dual(self, residual: Tensor, spectral: float) -> tuple[float, Tensor]:
+    def feasible_dual(self, residual: Tensor, spectral: float, slack: float | None = None) -> tuple[float, Tensor]:
         r"""The best dual value along the ray of a residual, among the feasible points.
 
         A multiple :math:`t\rho` is feasible where :math:`t \max_k \|\tfrac1n A_k^*\rho\|_2 \le \beta`; the dual objective is concave in t.
@@ -208,13 +230,15 @@ class ConvexProgram:
         Args:
             residual: (rows, c) loss gradients at any predictions.
             spectral: :math:`\max_k \|\tfrac1n A_k^*\rho\|_2`, the largest singular value over all blocks.
+            slack: relative error of that value, by default a bound on its rounding.
 
         Returns:
             the dual value and the feasible point (rows, c).
         """
         # the singular value is known to rounding only: stay inside the ball by more than that
-        slack = 1 + 4 * max(self.mixer.p, self.mixer.q) * torch.finfo(residual.dtype).eps
-        limit = self.beta / (spectral * slack) if spectral > 0 else 1.0
+        if slack is None:
+            slack = 4 * max(self.mixer.p, self.mixer.q) * torch.finfo(residual.dtype).eps
+        limit = self.beta / (spectral * (1 + slack)) if spectral > 0 else 1.0
         step = _golden_section(lambda t: self.dual_value(t * residual), min(limit, 16.0))
         return self.dual_value(step * residual), step * residual
 

@@ -11,8 +11,6 @@ Source: Liu and Nocedal 1989 (L-BFGS); Gupta, Koren and Singer 2018 (one factor 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -192,11 +190,21 @@ def _search(program, reduce, f: Tensor, f1: Tensor, f2: Tensor, point, direction
     for _ in range(3):
         at, slope = f + step * f1 + step**2 * f2, f1 + 2 * step * f2
         residual = loss.gradient(at, rows)
-        first = reduce(torch.stack([(residual * slope).sum(), (slope * loss.hessian_product(at, slope)).sum(), (residual * f2).sum()]))
+        first = reduce(
+            torch.stack(
+                [(residual * slope).sum(), (slope * loss.hessian_product(at, slope)).sum(), (residual * f2).sum()]
+            )
+        )
         slope = first[0] / n + beta * (cross + step * square)
         bend = first[1] / n + 2 * first[2] / n + beta * square
         step = torch.where(bend > 0, step - slope / bend, 2 * step).clamp(1e-3, 8.0)
-    steps = [step, torch.ones_like(step), torch.full_like(step, 0.25), torch.full_like(step, 0.03), torch.zeros_like(step)]
+    steps = [
+        step,
+        torch.ones_like(step),
+        torch.full_like(step, 0.25),
+        torch.full_like(step, 0.03),
+        torch.zeros_like(step),
+    ]
     values = reduce(torch.stack([loss.value(f + t * f1 + t**2 * f2, rows).sum() for t in steps])) / n
     steps = torch.stack(steps)
     return steps[(values + beta * (steps * cross + steps.square() * square / 2)).argmin()]
