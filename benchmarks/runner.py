@@ -83,7 +83,9 @@ def run(
     save()
     try:
         progress("weight decay")
-        setup = job(None, None)
+        setup = {"betas": dict.fromkeys((c.name for c in problem.competitors), problem.beta)}
+        if problem.beta is None:
+            setup = job(None, None)
         for competitor in problem.competitors:
             progress(competitor.name)
             if "betas" in setup:

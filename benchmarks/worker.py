@@ -31,15 +31,13 @@ def main(job: str, result: str) -> None:
 
 
 def betas(problem: Problem) -> dict[str, float]:
-    """The weight decay of every competitor of a problem; they differ only where sizes do."""
+    """The weight decay of every competitor, a fraction of ``beta_max``; found beforehand, so that no solve profits from it."""
     found: dict[str, float] = {}
     for competitor in problem.competitors:
         key = json.dumps(problem.sizes(competitor))
         if key not in found:
-            found[key] = problem.beta or (
-                problem.fraction
-                * cvxlib.ConvexProgram(**problem.build(**problem.sizes(competitor)), beta=1.0).beta_max()
-            )
+            program = cvxlib.ConvexProgram(**problem.build(**problem.sizes(competitor)), beta=1.0)
+            found[key] = problem.fraction * program.beta_max()
     return {c.name: found[json.dumps(problem.sizes(c))] for c in problem.competitors}
 
 
