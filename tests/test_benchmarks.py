@@ -90,10 +90,14 @@ def test_an_interrupt_leaves_valid_results(tmp_path):
 
 
 def test_a_competitor_that_takes_too_long_is_a_row_that_says_so(tmp_path):
-    results = runner.run(problems(True)["clarabel"], tmp_path, quick=True, threads=1, limit=0.2)
-    assert results["complete"] and [r["status"] for r in results["rows"]] == ["timed out"] * 2
-    assert "timed out: " in report.table(results)
+    results = runner.run(problems(True)["digits"], tmp_path, quick=True, threads=1, limit=0.2)
+    assert results["complete"] and [r["status"] for r in results["rows"]] == ["timed out"] * 4
+    assert all(r["seconds"] >= 0.2 for r in results["rows"])
+    assert report.table(results).count("timed out: stopped after 0.2 s") == 4
     assert all(bar["met"] is None for bar in results["bars"])
+    # a weight decay that cannot be found is every competitor's failure
+    results = runner.run(problems(True)["clarabel"], tmp_path, quick=True, threads=1, limit=0.2)
+    assert [r["message"] for r in results["rows"]] == ["weight decay: stopped after 0.2 s"] * 2
 
 
 def test_a_failing_job_names_its_error():
