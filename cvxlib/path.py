@@ -303,4 +303,4 @@ def _on_all_gates(found: Solution, program: ConvexProgram) -> Solution:
 
 def _constraints(program: ConvexProgram, point: Tensor) -> Tensor:
     r"""(K,) the sizes :math:`\|\tfrac1n A_k^*\rho\|_2` that beta limits."""
-    return program.norm.spectral(program.operator.adjoint(point.to(program.tokens))) / program.samples
+    return program.norm.spectral(program.adjoint(point.to(program.tokens))) / program.samples

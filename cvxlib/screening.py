@@ -71,7 +71,7 @@ class GapSafeRule:
         shape = (len(program.rows), program.mixer.outputs)
         require(tuple(point.shape) == shape, "certificate", f"a dual point of shape {shape}", point)
         point = program.loss.to_domain(point.to(program.tokens), program.rows)
-        gradient = program.operator.adjoint(point) / program.samples
+        gradient = program.adjoint(point) / program.samples
         rounding = 1e3 * torch.finfo(point.dtype).eps
         largest = program.dual_norm(point) / program.beta
         require(
