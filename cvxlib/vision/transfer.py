@@ -153,7 +153,7 @@ class Experiment:
         """One training by the protocol, in float32, evaluated in float64.
 
         Returns:
-            The row: objective, accuracies, neurons, rank, parameters and seconds; ``objective`` is None where training diverged.
+            The row: objective, accuracies, neurons, rank, parameters and seconds; objective and rank are None where training diverged.
 
         Raises:
             KeyboardInterrupt: the training was interrupted.
@@ -207,14 +207,15 @@ class Experiment:
         test_logits = logits_of(network, data.test_tokens.double())
         loss = float(CrossEntropy().value(logits, data.labels).mean())
         objective = loss + beta * float(network.weight_decay())
+        finite = math.isfinite(objective)
         return {
-            "objective": objective if math.isfinite(objective) else None,
-            "loss": loss if math.isfinite(loss) else None,
+            "objective": objective if finite else None,
+            "loss": loss if finite else None,
             "train_top1": top_k_accuracy(logits, data.labels, classes, 1),
             "top1": top_k_accuracy(test_logits, data.test_labels, classes, 1),
             "top5": top_k_accuracy(test_logits, data.test_labels, classes, 5),
             "neurons": 0 if isinstance(network, LinearHead) else len(network.u),
-            "rank": rank_of(network),
+            "rank": rank_of(network) if finite else None,
             "parameters": sum(weight.numel() for weight in network.parameters()),
         }
 
