@@ -95,10 +95,10 @@ class FactoredOperator:
         self.gate, self.block, self.rows, self.reduce = gate.cpu(), block.cpu(), rows, reduce
         self.dtype, self.device = dtype or tokens.dtype, tokens.device
         self.memory = memory
-        self._make, self.path, workspace, size, self.flops = self._choose()
+        self._make, self.path, workspace, self.bytes, self.flops = self._choose()
         self.scale = 16 if self.device.type == "cuda" else 1
         self.step = max(1, min(len(tokens), int(self.scale * WORKSPACE / (HEADS * workspace))))
-        self.stored = size * len(tokens) <= memory
+        self.stored = self.bytes * len(tokens) <= memory
         if not self.stored:
             self.path += ", computed in every pass"
         self._parts: list[Part] | None = None
@@ -109,7 +109,7 @@ class FactoredOperator:
         return len(self.gate), self.mixer.p, self.mixer.q
 
     def _choose(self) -> tuple[Callable[[Tensor, int], Contraction], str, float, float, float]:
-        """The contraction that takes least time, its name, workspace and memory per sample, and operations per head and sample."""
+        """The contraction that takes least time, its name, workspace and memory per sample (bytes), and operations per head and sample."""
         one, n, b = self._seen(self.tokens[:1])[0], len(self.tokens), self.mixer.blocks
         pooled = self._pooled(one, 0) if self.pooled else None
         part = pooled if pooled is not None else self._hidden(one, 0)

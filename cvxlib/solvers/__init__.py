@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cvxlib._checks import instance, positive_float, positive_int, require
 from cvxlib.activations import ReLU
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Solution
 from cvxlib.solvers import proximal, relu, splitting, staircase
+from cvxlib.solvers.cost import choose
 
 #: name of a solver, and the function that runs it
 SOLVERS = {
@@ -15,9 +18,6 @@ SOLVERS = {
     "proximal": proximal.solve,
     "relu": relu.solve,
 }
-
-#: largest Gram matrix that operator splitting is given to factor
-LARGEST_GRAM = 8192
 
 
 def solve(
@@ -39,8 +39,9 @@ def solve(
         program: what to solve.
         tol: certified relative gap at which to stop, greater than 0.
         max_iterations: limit on the evaluations of the predictions.
-        solver: ``"splitting"`` (few iterations, factors a Gram matrix) or ``"proximal"`` (first order, matrix products only); by
-            default splitting where that matrix is small enough. ``"relu"`` (column generation over cones) is for ReLU, and only it.
+        solver: ``"splitting"`` (few iterations, factors a Gram matrix), ``"staircase"`` (on factors, forms no design tensor) or
+            ``"proximal"`` (first order, matrix products only); by default splitting or the staircase, by the operations and the memory
+            that they are expected to take. ``"relu"`` (column generation over cones) is for ReLU, and only it.
         start: a solution of the same program, perhaps at another beta, to start from.
         progress: show a bar; by default only on a terminal.
 
@@ -76,14 +77,8 @@ def solve(
             f"a solution with lifted blocks {program.operator.shape}",
             f"one with lifted blocks {start.program.operator.shape}",
         )
-    run = SOLVERS[solver or _choose(program)]
-    return run(program, tol=tol, max_iterations=max_iterations, start=start, progress=progress)
-
-
-def _choose(program: ConvexProgram) -> str:
-    """The solver for a program, by its activation and the size of the smaller Gram matrix of its design tensor."""
-    if isinstance(program.activation, ReLU):
-        return "relu"
-    operator = program.operator
-    columns = max(design[0].numel() for design in operator.designs)
-    return "splitting" if min(operator.rows, columns) <= LARGEST_GRAM else "proximal"
+    reason = None
+    if solver is None:
+        solver, reason = ("relu", None) if cones else choose(program)
+    solution = SOLVERS[solver](program, tol=tol, max_iterations=max_iterations, start=start, progress=progress)
+    return replace(solution, solver=f"{solution.solver} ({reason})") if reason else solution

@@ -43,7 +43,7 @@ class AxisMoments:
         probes = probes.double().reshape(PROBES, *shape)
         moments = []
         for axis in range(len(shape)):
-            unfolded = probes.transpose(1, axis + 1).flatten(2).transpose(0, 1).flatten(1)
+            unfolded = probes.movedim(axis + 1, 0).flatten(1)
             moments.append(operator.reduce(unfolded @ unfolded.mT) / (PROBES * program.samples))
         trace = float(moments[0].trace())
         pairs = [torch.linalg.eigh(moment) for moment in moments]

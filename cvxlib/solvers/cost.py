@@ -1,0 +1,59 @@
+"""What a solve would take: operations and bytes of operator splitting and of the staircase, which decide between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cvxlib.programs import LARGEST_DESIGN, ConvexProgram
+
+#: largest Gram matrix that operator splitting is given to factor
+LARGEST_GRAM = 8192
+#: iterations of splitting, and rounds, descent steps and core steps of the staircase, that a certified gap of 1e-3 usually takes
+ITERATIONS, ROUNDS, STEPS, CORE_STEPS, CORE_SIDE = 200, 5, 150, 100, 24
+#: operator splitting is the more predictable of the two: it may take so many times the operations
+PATIENCE = 10
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating point operations of a solve, and the bytes that it holds at once besides the tokens."""
+
+    operations: float
+    bytes: float
+
+    def __str__(self) -> str:
+        return f"{self.operations:.1e} operations in {self.bytes / 2**20:,.0f} MiB"
+
+
+def splitting(program: ConvexProgram) -> Cost:
+    """Two products with the design tensor an iteration, one Gram matrix, one Cholesky factor."""
+    operator, size = program.operator, program.tokens.element_size()
+    rows, k, p, w = operator.rows, *operator.shape[:2], program.mixer.width
+    columns = k * p * w // program.mixer.blocks
+    side = min(rows, columns)
+    iteration = 4.0 * rows * columns * program.mixer.outputs + 2.0 * side**2 * program.mixer.outputs
+    once = program.mixer.blocks * (2.0 * rows * columns * side + side**3 / 3)
+    return Cost(ITERATIONS * iteration + once, operator.bytes + 2 * program.mixer.blocks * side**2 * size)
+
+
+def staircase(program: ConvexProgram) -> Cost:
+    """Features and their transposes for about two heads an output (or one a block), cores, and a lifted gradient twice a round."""
+    operator, factored, size = program.operator, program.factored, program.tokens.element_size()
+    rows, (k, p, q), outputs = operator.rows, operator.shape, program.mixer.outputs
+    heads = max(2 * outputs, k)
+    columns = k * max(CORE_SIDE**2 // k, 4)
+    descent = STEPS * 2.0 * factored.flops * program.samples * heads
+    cores = ROUNDS * CORE_STEPS * 4.0 * rows * outputs * columns
+    gradients = 2 * ROUNDS * 2.0 * rows * k * p * q
+    kept = min(factored.memory, factored.bytes * program.samples)
+    return Cost(descent + cores + gradients, kept + rows * outputs * columns * size + k * p * q * size)
+
+
+def choose(program: ConvexProgram) -> tuple[str, str]:
+    """The solver for a program with fixed gates, and the reason in words."""
+    ours, other = splitting(program), staircase(program)
+    operator = program.operator
+    side = min(operator.rows, operator.shape[0] * program.mixer.p * program.mixer.width // program.mixer.blocks)
+    fits = operator.bytes <= LARGEST_DESIGN and side <= LARGEST_GRAM
+    name = "splitting" if fits and ours.operations <= PATIENCE * other.operations else "staircase"
+    return name, f"expected: splitting {ours}, staircase {other}"
