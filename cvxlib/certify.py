@@ -33,7 +33,8 @@ def certify(
 
     Args:
         program: the convex program of the head's training problem.
-        head: a head with the program's mixer, activation and pooling, and any number of neurons.
+        head: a head with the program's mixer, activation and pooling, and any number of neurons; where processes share the samples
+            (:mod:`cvxlib.parallel`) it is rank 0's head that is certified.
         dual_point: (rows, c) a further candidate for the dual point.
         independent: take the lifted gradient from autograd through the mixer's ``hidden``, which shares no code with the solvers; slower.
 
@@ -63,9 +64,14 @@ def certify(
         rows = (program.operator.rows, program.mixer.outputs)
         require(tuple(dual_point.shape) == rows, "dual_point", f"shape {rows}", dual_point)
     exact = program.in_double()
-    predictions = predict(copy.deepcopy(head).to(program.tokens.device, torch.float64), program.tokens)
+    head = copy.deepcopy(head).to(program.tokens.device, torch.float64)
+    weights = [*head.parameters(), *head.buffers()]
+    for weight, first in zip(weights, exact.reduce.agree(*(weight.data for weight in weights)), strict=True):
+        weight.data = first
+    predictions = predict(head, program.tokens)
     predictions = predictions.reshape(-1, program.mixer.outputs)
-    primal = exact.data_loss(predictions) + exact.beta * float(head.weight_decay().detach().double())
+    (decay,) = exact.reduce.agree(head.weight_decay().detach())
+    primal = exact.data_loss(predictions) + exact.beta * float(decay)
     candidates = [exact.loss.gradient(predictions, exact.rows)]
     if dual_point is not None:
         # a point made in single precision is feasible to its own rounding only
@@ -90,14 +96,14 @@ def dual_norm(program: ConvexProgram, dual: Tensor) -> float:
     if not program.enumerated:
         return program.dual_norm(dual)
     mixer, gradients = program.mixer, []
-    per_sample = dual.reshape(program.samples, -1, mixer.outputs)  # (n, 1 or a, c)
+    per_sample = dual.reshape(len(program.tokens), -1, mixer.outputs)  # (n, 1 or a, c)
     for b, seen in enumerate(mixer.split(program.tokens)):
         columns = slice(b * mixer.block_outputs, (b + 1) * mixer.block_outputs)
         gradient = lifted_gradient(mixer, program.gates, seen, per_sample[..., columns], b)
         if isinstance(program.activation, ReLU):  # patterns that never open have neither gradient nor cone
             gradient = gradient[program.operator.gate[program.operator.block == b]]
         gradients.append(gradient)
-    return float(program.norm.dual(torch.cat(gradients))) / program.samples
+    return float(program.norm.dual(program.reduce(torch.cat(gradients)))) / program.samples
 
 
 @torch.enable_grad()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -24,13 +25,29 @@ CHUNK_BYTES = 128 * 2**20
 
 
 class OneProcess:
-    """Sums over the processes that share a program's samples, when there is one."""
+    """What the processes that share a program's samples do together, when there is one (several: :mod:`cvxlib.parallel`)."""
 
-    rank = 0
+    rank, size = 0, 1
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The sum of every process's tensor."""
         return tensor
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of every process, one behind the other."""
+        return rows
+
+    def own(self, rows: Tensor) -> Tensor:
+        """This process's share of gathered rows."""
+        return rows
+
+    def agree(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The first process's tensors: replicated arithmetic may round differently elsewhere, and decisions must not differ."""
+        return tensors
+
+    def held(self) -> AbstractContextManager:
+        """A solve: Ctrl-C waits for the next :meth:`agree`, so that it stops every process at the same place."""
+        return nullcontext()
 
 
 ALONE = OneProcess()

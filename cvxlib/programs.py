@@ -235,6 +235,8 @@ class ConvexProgram:
         Returns:
             the dual value and the feasible point (rows, c).
         """
+        (agreed,) = self.reduce.agree(residual.new_tensor(spectral, dtype=torch.float64))
+        spectral = float(agreed)
         # the singular value is known to rounding only: stay inside the ball by more than that
         if slack is None:
             slack = 4 * max(self.mixer.p, self.mixer.q) * torch.finfo(residual.dtype).eps

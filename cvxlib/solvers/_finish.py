@@ -8,7 +8,7 @@ from torch import Tensor
 from cvxlib.certify import certify
 from cvxlib.programs import ConvexProgram
 from cvxlib.recovery import factor
-from cvxlib.solution import Certificate, Solution, Status
+from cvxlib.solution import Certificate, Factors, Solution, Status
 
 
 def finish(
@@ -23,6 +23,7 @@ def finish(
 ) -> Solution:
     """The solution at the best lifted iterate (K, p, q); one iterated in float32 is audited in float64."""
     factors = factor(program.mixer, best)
+    factors = Factors(*program.reduce.agree(factors.u, factors.v, factors.block))
     if best.dtype != torch.float64:
         certificate = certify(program, program.head(factors), certificate.dual_point)
         if status is Status.CERTIFIED and certificate.relative_gap > tol:

@@ -27,7 +27,7 @@ class AxisMoments:
 
     def __init__(self, program: ConvexProgram, operator: FactoredOperator) -> None:
         shape = operator.mixer.shape
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(operator.reduce.rank)
         gates = torch.arange(PROBES) % len(operator.gate)
         probes = torch.zeros(PROBES, operator.mixer.p, dtype=operator.dtype, device=operator.device)
         blocks = operator.block[gates]
@@ -127,7 +127,8 @@ def minimise(
         return gu + beta * u, gv + beta * v
 
     def value(f: Tensor) -> Tensor:
-        return reduce(loss.value(f, rows).sum()) / n + beta / 2 * (u.square().sum() + v.square().sum())
+        total = reduce(loss.value(f, rows).sum()) / n + beta / 2 * (u.square().sum() + v.square().sum())
+        return reduce.agree(total)[0]
 
     gu, gv = gradient()
     pairs: list[tuple[Tensor, ...]] = []
@@ -153,6 +154,7 @@ def minimise(
             if float(last - now) <= tol * abs(float(now)):
                 break
             last = now
+    u, v = reduce.agree(u, v)
     # the predictions were updated along the way: take away what rounding has added up
     return u, v, operator.predictions(u, v, k), evaluations
 
@@ -207,4 +209,4 @@ def _search(program, reduce, f: Tensor, f1: Tensor, f2: Tensor, point, direction
     ]
     values = reduce(torch.stack([loss.value(f + t * f1 + t**2 * f2, rows).sum() for t in steps])) / n
     steps = torch.stack(steps)
-    return steps[(values + beta * (steps * cross + steps.square() * square / 2)).argmin()]
+    return reduce.agree(steps[(values + beta * (steps * cross + steps.square() * square / 2)).argmin()])[0]
