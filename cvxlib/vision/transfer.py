@@ -342,7 +342,7 @@ def run(
     betas: Sequence[float] | None = None,
     seeds: int = 3,
     lengths: Sequence[int] = (),
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> list[dict]:
     """Train and solve every head; finished rows are taken from disk, and an interrupt loses the row in progress at most.
 
@@ -356,7 +356,7 @@ def run(
         betas: weight decays of the programs; the protocol's own by default.
         seeds: number of seeds 0, 1, ...
         lengths: further numbers of epochs, each a training of its own with the schedule squeezed to it.
-        progress: show a bar.
+        progress: show a bar; by default only on a terminal.
 
     Returns:
         All rows in a fixed order.
@@ -372,7 +372,7 @@ def run(
     lengths = [positive_int("lengths", length) for length in lengths]
     jobs = [(beta, head, activation) for beta in betas for head in heads for activation in HEADS[head]]
     found: list[dict] = []
-    with tqdm(jobs, desc="heads", disable=not progress) as bar:
+    with tqdm(jobs, desc="heads", disable=None if progress is None else not progress) as bar:
         for beta, head, activation in bar:
             key = {"head": head, "activation": activation, "beta": beta}
 
