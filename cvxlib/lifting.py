@@ -12,8 +12,9 @@ gradients are then matrix products.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from cvxlib.activations import Activation
 from cvxlib.mixers import Mixer
 
 CHUNK_BYTES = 128 * 2**20
+
+T = TypeVar("T")
 
 
 class OneProcess:
@@ -40,6 +43,10 @@ class OneProcess:
     def own(self, rows: Tensor) -> Tensor:
         """This process's share of gathered rows."""
         return rows
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, or the error that it makes instead."""
+        return make()
 
     def agree(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The first process's tensors: replicated arithmetic may round differently elsewhere, and decisions must not differ."""

@@ -1,0 +1,383 @@
+r"""More than one machine: the samples are shared out over processes, and everything else is done by each of them.
+
+A sum over samples is the sum of every process's part,
+
+.. math:: F(Z) = \frac1n \sum_{r} \sum_{i \in I_r} \ell(A_i(Z), y_i), \qquad A^*\rho = \sum_r A_{I_r}^* \rho_{I_r},
+
+so losses, gradients and the certificate's products are all-reduced, while factors, lifted blocks and every decision are the same on all
+processes. Each of them ends with the same certified solution, and with its own samples' rows of the dual point.
+
+``torchrun`` starts the processes. Losing one ends the others with an error within the timeout; a solve's checkpoint resumes it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+
+from cvxlib._checks import instance, positive_float, require, wrong_value
+from cvxlib.activations import Activation, GatedReLU, ReLU
+from cvxlib.lifting import OneProcess
+from cvxlib.losses import Loss
+from cvxlib.mixers import Mixer
+from cvxlib.programs import ConvexProgram
+
+__all__ = ["Processes", "ShardedProgram", "shard"]
+
+#: what torchrun, and most batch systems on request, tell every process
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+#: seconds that processes which saw a failure wait for each other, to find out who did not
+GRACE = 5.0
+
+T = TypeVar("T")
+Array = TypeVar("Array", Tensor, np.ndarray)
+
+
+class Processes(OneProcess):
+    r"""The processes that ``torchrun`` started, joined by gloo for tensors on the CPU and by NCCL for those on a GPU.
+
+    A process group that exists already is used as it is, with its own timeout.
+
+    Args:
+        timeout: seconds that a process waits for the others before it gives up, greater than 0. It must exceed the time that any part of
+            a solve takes between two sums.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        size: how many there are.
+        device: the GPU that is this process's own where its machine has one for each, else the CPU.
+
+    Raises:
+        RuntimeError: the environment does not say which process this is, or the processes do not find each other within the timeout.
+
+    Source: NVIDIA NCCL documentation, "Collective operations" (an all-reduce gives identical results on all ranks); gloo documentation,
+    "Algorithms" (a reduce-scatter, then an all-gather: each entry is summed in one place).
+    """
+
+    def __init__(self, timeout: float = 300.0) -> None:
+        self.timeout = timedelta(seconds=positive_float("timeout", timeout))
+        self._store: distributed.Store | None = None
+        self._interrupted, self._failure = False, ""
+        #: (size,) how many of a program's samples each process holds, see :meth:`holding`
+        self.shares: list[int] = []
+        if not distributed.is_initialized():
+            self._join()
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        local, here = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        own = torch.cuda.is_available() and torch.cuda.device_count() >= max(here, 1)
+        self.device = torch.device("cuda", local) if own else torch.device("cpu")
+
+    def _join(self) -> None:
+        missing = [name for name in VARIABLES if name not in os.environ]
+        if missing:
+            raise RuntimeError(
+                f"Processes: expected to be started by torchrun, which sets {', '.join(VARIABLES)}; {', '.join(missing)} "
+                "not set (torchrun --standalone --nproc-per-node 2 script.py)"
+            )
+        backend = "gloo"
+        if torch.cuda.is_available() and distributed.is_nccl_available():
+            backend = "cpu:gloo,cuda:nccl"
+            # without this a lost process ends the others by SIGABRT instead of an error
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+        rank, size = (int(os.environ[name]) for name in VARIABLES[:2])
+        try:
+            store, rank, size = next(distributed.rendezvous("env://", rank, size, timeout=self.timeout))
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=self.timeout)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {rank} of {size}: the other processes were not found within {self.timeout.total_seconds():g} s; "
+                "start all of them with the same MASTER_ADDR and MASTER_PORT"
+            ) from error
+        self._store = store
+
+    # what a program asks for
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The sum of every process's tensor, bit for bit the same on all; the tensor itself is left alone."""
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self._together(lambda: distributed.all_reduce(total))
+        return total
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of every process, one behind the other."""
+        counts = self._counts(len(rows))
+        total = rows.new_zeros(sum(counts), *rows.shape[1:])
+        total.split(counts)[self.rank].copy_(rows)
+        return self(total)
+
+    def own(self, rows: Tensor) -> Tensor:
+        """This process's share of rows, so many for each of a program's samples."""
+        per_sample = len(rows) // sum(self.shares)
+        return rows.split([per_sample * share for share in self.shares])[self.rank]
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, or the error that it makes instead, on every process."""
+        made: list[T | Exception | None] = [None]
+        if self.rank == 0:
+            try:
+                made = [make()]
+            except (OSError, TypeError, ValueError) as error:
+                made = [error]
+        self._together(lambda: distributed.broadcast_object_list(made))
+        if isinstance(made[0], Exception):
+            raise made[0]
+        return made[0]
+
+    def agree(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Rank 0's tensors on every process, perhaps of other sizes than here but with the same number of axes.
+
+        Raises:
+            KeyboardInterrupt: on all processes, if any was interrupted since the last time.
+        """
+        sizes = [size for tensor in tensors for size in tensor.shape]
+        header = torch.tensor([self._interrupted, *(size * (self.rank == 0) for size in sizes)], dtype=torch.int64)
+        interrupts, *sizes = self(header.to(tensors[0].device)).tolist()
+        if interrupts:
+            self._interrupted = False
+            raise KeyboardInterrupt
+        agreed = []
+        for tensor in tensors:
+            shape, sizes = sizes[: tensor.ndim], sizes[tensor.ndim :]
+            like = tensor.detach()
+            buffer = like.clone(memory_format=torch.contiguous_format) if self.rank == 0 else like.new_empty(shape)
+            self._together(functools.partial(distributed.broadcast, buffer, 0))
+            agreed.append(buffer)
+        return tuple(agreed)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A solve: Ctrl-C waits for the next :meth:`agree`, so that it stops every process at the same place."""
+        if threading.current_thread() is not threading.main_thread():  # which gets no signals
+            yield
+            return
+
+        def interrupt(number: int, frame: object) -> None:
+            self._interrupted = True
+
+        previous = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    # sharing out
+
+    def _counts(self, mine: int) -> list[int]:
+        counts = torch.zeros(self.size, dtype=torch.int64)
+        counts[self.rank] = mine
+        return self(counts).tolist()
+
+    def holding(self, samples: int) -> Processes:
+        """The same processes, as holders of a program of whose samples this one has so many."""
+        holders = copy.copy(self)
+        holders.shares = self._counts(samples)
+        return holders
+
+    def part(self, whole: Array) -> Array:
+        """This process's samples of an array, tensor or memory map (n, ...): equal shares, up to one sample.
+
+        Raises:
+            ValueError: there are fewer samples than processes.
+        """
+        n = len(whole)
+        require(n >= self.size, "whole", f"at least one sample for each of {self.size} processes", f"{n} in all")
+        part = whole[self.rank * n // self.size : (self.rank + 1) * n // self.size]
+        return part.clone() if isinstance(part, Tensor) else np.array(part)
+
+    def require_same(self, make: Callable[[], Mapping[str, str]]) -> None:
+        """Raise a ``ValueError`` on every process unless all of them make the same words, or if one of them cannot.
+
+        Args:
+            make: the words, by argument; what it raises is told to all.
+        """
+        failure = None
+        try:
+            mine: Mapping[str, str] | str = make()
+        except (TypeError, ValueError) as error:
+            failure, mine = error, str(error)
+        every: list[Mapping[str, str] | str] = [mine] * self.size
+        self._together(lambda: distributed.all_gather_object(every, mine))
+        if failure is not None:
+            raise failure
+        for rank, words in enumerate(every):
+            if isinstance(words, str):
+                raise ValueError(f"rank {rank} of {self.size}: {words}")
+        for argument, word in every[0].items():
+            for rank, words in enumerate(every):
+                if words[argument] != word:
+                    raise wrong_value(
+                        argument, "the same on every process", f"{word} on rank 0 and {words[argument]} on rank {rank}"
+                    )
+
+    # failure
+
+    def _together(self, collective: Callable[[], T]) -> T:
+        """A collective operation, whose failure is told in words."""
+        try:
+            if self._failure:
+                raise RuntimeError(self._failure)
+            return collective()
+        except (RuntimeError, ValueError) as error:
+            if self._failure:
+                raise
+            silent = self._silent()
+            lost = (
+                f"no word from rank {', '.join(map(str, silent))}" if silent else "a process is lost or does not answer"
+            )
+            self._failure = (
+                f"rank {self.rank} of {self.size}: the processes cannot go on together, {lost}; start all of them again "
+                "(cvxlib.solve(..., checkpoint=...) goes on from the last checkpoint)"
+            )
+            raise RuntimeError(self._failure) from error
+
+    def _silent(self) -> list[int]:
+        """Ranks that do not say within a few seconds that they have seen the failure too."""
+        if self._store is None:
+            return []
+        if distributed.is_initialized() and self.device.type == "cpu":
+            distributed.destroy_process_group()  # hang up, so that no process waits for this one until its timeout
+        try:
+            self._store.set(f"cvxlib/failed/{self.rank}", "")
+            deadline = time.monotonic() + GRACE
+            while True:
+                silent = [rank for rank in range(self.size) if not self._store.check([f"cvxlib/failed/{rank}"])]
+                if len(silent) <= 1 or time.monotonic() > deadline:
+                    return silent
+                time.sleep(0.05)
+        except RuntimeError:  # the store went down with the process that kept it
+            return []
+
+
+@functools.cache
+def _everyone() -> Processes:
+    return Processes()
+
+
+class ShardedProgram(ConvexProgram):
+    r"""A convex program of which this process holds some of the samples, and others the rest.
+
+    Solvers and certificates take it as they take a :class:`cvxlib.ConvexProgram`; every process must make the same calls in the same order.
+
+    Args:
+        mixer: how tokens are mixed, the same on every process; so are all arguments but the next two.
+        activation: which gates pass.
+        loss: :class:`cvxlib.SquaredLoss` or :class:`cvxlib.CrossEntropy`.
+        tokens: (n_r, s, d) this process's samples.
+        targets: theirs.
+        beta: weight decay of the whole program.
+        pool: ``"mean"`` or ``None``.
+        processes: who holds the samples; by default all that were started.
+
+    Raises:
+        TypeError, ValueError: as :class:`cvxlib.ConvexProgram`, and a ``ValueError`` on every process if one of them was given bad
+            arguments or others than the rest; for ReLU, whose sign patterns depend on all samples.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        activation: Activation,
+        loss: Loss,
+        tokens: Tensor,
+        targets: Tensor,
+        beta: float,
+        pool: str | None = "mean",
+        processes: Processes | None = None,
+    ) -> None:
+        processes = processes or _everyone()
+
+        def words() -> dict[str, str]:
+            instance("processes", processes, Processes, "a Processes")
+            require(
+                not isinstance(activation, ReLU),
+                "activation",
+                "fixed gates; the sign patterns of a ReLU depend on all samples at once",
+                repr(activation),
+            )
+            super(ShardedProgram, self).__init__(mixer, activation, loss, tokens, targets, beta, pool)
+            return {
+                "mixer": repr(self.mixer),
+                "activation": repr(self.activation) + _digest(self.activation),
+                "loss": repr(self.loss),
+                "tokens": f"(n, {', '.join(map(str, self.tokens.shape[1:]))}) {self.tokens.dtype} on a {self.tokens.device.type}",
+                "beta": repr(self.beta),
+                "pool": repr(self.pool),
+            }
+
+        processes.require_same(words)
+        self.reduce = processes.holding(len(self.tokens))
+
+    @property
+    def samples(self) -> int:
+        """n, the number of samples of all processes."""
+        return sum(self.reduce.shares)
+
+    def relaxation(self) -> ShardedProgram:
+        """The same program without the cones, which only ReLU has: this one."""
+        return self
+
+    def double(self) -> ShardedProgram:
+        """The same program in float64, from the same tokens."""
+        if self.tokens.dtype == torch.float64:
+            return self
+        targets = self.targets.double() if self.targets.is_floating_point() else self.targets
+        return ShardedProgram(
+            self.mixer, self.activation, self.loss, self.tokens.double(), targets, self.beta, self.pool, self.reduce
+        )
+
+    def __repr__(self) -> str:
+        whole = super().__repr__().replace("ConvexProgram", "ShardedProgram").removesuffix(")")
+        return f"{whole}, rank {self.reduce.rank} of {self.reduce.size}, {self.samples} samples in all)"
+
+
+def shard(program: ConvexProgram, processes: Processes | None = None) -> ShardedProgram:
+    """This process's share of a program that every process has made from all the samples.
+
+    Where the samples do not fit into one memory, let every process read its own (or take ``processes.part`` of a memory map) and make a
+    :class:`ShardedProgram` of them.
+
+    Args:
+        program: the same program on every process; its samples beyond this process's share may be let go afterwards.
+        processes: who shares; by default all that were started.
+
+    Returns:
+        The program on this process's samples.
+
+    Raises:
+        ValueError: the programs differ, or there are fewer samples than processes.
+    """
+    instance("program", program, ConvexProgram, "a ConvexProgram")
+    processes = processes or _everyone()
+    processes.require_same(lambda: {"tokens": f"{program.samples} samples"})
+    return ShardedProgram(
+        program.mixer,
+        program.activation,
+        program.loss,
+        processes.part(program.tokens),
+        processes.part(program.targets),
+        program.beta,
+        program.pool,
+        processes,
+    )
+
+
+def _digest(activation: Activation) -> str:
+    """What the name of an activation does not say."""
+    if not isinstance(activation, GatedReLU):
+        return ""
+    directions = activation.directions.detach().double().cpu().contiguous().numpy()
+    return f" with digest {hashlib.blake2b(directions.data, digest_size=8).hexdigest()}"
