@@ -19,6 +19,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -234,6 +235,7 @@ class Processes(OneProcess):
         except (RuntimeError, ValueError) as error:
             if self._failure:
                 raise
+            traceback.clear_frames(error.__traceback__)  # which hold on to the process group
             silent = self._silent()
             lost = (
                 f"no word from rank {', '.join(map(str, silent))}" if silent else "a process is lost or does not answer"
@@ -250,6 +252,7 @@ class Processes(OneProcess):
             return []
         if distributed.is_initialized() and self.device.type == "cpu":
             distributed.destroy_process_group()  # hang up, so that no process waits for this one until its timeout
+        silent = [0] if self.rank else []
         try:
             self._store.set(f"cvxlib/failed/{self.rank}", "")
             deadline = time.monotonic() + GRACE
@@ -258,8 +261,8 @@ class Processes(OneProcess):
                 if len(silent) <= 1 or time.monotonic() > deadline:
                     return silent
                 time.sleep(0.05)
-        except RuntimeError:  # the store went down with the process that kept it
-            return []
+        except RuntimeError:  # the store went down with the machine that kept it, rank 0's
+            return silent
 
 
 @functools.cache
