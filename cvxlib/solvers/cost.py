@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from cvxlib.lifting import ALONE
 from cvxlib.programs import LARGEST_DESIGN, ConvexProgram
 
 #: largest Gram matrix that operator splitting is given to factor
@@ -29,8 +32,7 @@ def splitting(program: ConvexProgram) -> Cost:
     """Two products with the design tensor an iteration, one Gram matrix, one Cholesky factor."""
     operator, size = program.operator, program.tokens.element_size()
     rows, k, p, w = operator.rows, *operator.shape[:2], program.mixer.width
-    columns = k * p * w // program.mixer.blocks
-    side = min(rows, columns)
+    columns, side = k * p * w // program.mixer.blocks, gram_side(program)
     iteration = 4.0 * rows * columns * program.mixer.outputs + 2.0 * side**2 * program.mixer.outputs
     once = program.mixer.blocks * (2.0 * rows * columns * side + side**3 / 3)
     return Cost(ITERATIONS * iteration + once, operator.bytes + 2 * program.mixer.blocks * side**2 * size)
@@ -42,18 +44,23 @@ def staircase(program: ConvexProgram) -> Cost:
     rows, (k, p, q), outputs = operator.rows, operator.shape, program.mixer.outputs
     heads = max(2 * outputs, k)
     columns = k * max(CORE_SIDE**2 // k, 4)
-    descent = STEPS * 2.0 * factored.flops * program.samples * heads
+    descent = STEPS * 2.0 * factored.flops * len(program.tokens) * heads
     cores = ROUNDS * CORE_STEPS * 4.0 * rows * outputs * columns
     gradients = 2 * ROUNDS * 2.0 * rows * k * p * q
-    kept = min(factored.memory, factored.bytes * program.samples)
+    kept = min(factored.memory, factored.bytes * len(program.tokens))
     return Cost(descent + cores + gradients, kept + rows * outputs * columns * size + k * p * q * size)
+
+
+def gram_side(program: ConvexProgram) -> int:
+    """The side of the Gram matrix that operator splitting factors: of the columns where processes share the rows, else the smaller one."""
+    operator = program.operator
+    columns = operator.shape[0] * program.mixer.p * program.mixer.width // program.mixer.blocks
+    return min(operator.rows, columns) if program.reduce is ALONE else columns
 
 
 def choose(program: ConvexProgram) -> tuple[str, str]:
     """The solver for a program with fixed gates, and the reason in words."""
     ours, other = splitting(program), staircase(program)
-    operator = program.operator
-    side = min(operator.rows, operator.shape[0] * program.mixer.p * program.mixer.width // program.mixer.blocks)
-    fits = operator.bytes <= LARGEST_DESIGN and side <= LARGEST_GRAM
-    name = "splitting" if fits and ours.operations <= PATIENCE * other.operations else "staircase"
-    return name, f"expected: splitting {ours}, staircase {other}"
+    fits = program.operator.bytes <= LARGEST_DESIGN and gram_side(program) <= LARGEST_GRAM
+    (split,) = program.reduce.agree(torch.tensor(float(fits and ours.operations <= PATIENCE * other.operations)))
+    return "splitting" if split else "staircase", f"expected: splitting {ours}, staircase {other}"
