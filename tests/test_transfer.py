@@ -10,6 +10,7 @@ import cvxlib
 from cvxlib.solvers.training import Training
 from cvxlib.vision import protocol as protocol_module
 from cvxlib.vision.digits import TokenSplit
+from cvxlib.vision.measures import logits_of, rank_of, top_k_accuracy
 from cvxlib.vision.protocol import Protocol, choose_rate
 from cvxlib.vision.summary import gap, spread, summarise
 from cvxlib.vision.transfer import (
@@ -18,11 +19,8 @@ from cvxlib.vision.transfer import (
     Experiment,
     Rows,
     interleave,
-    logits_of,
-    rank_of,
     ridge,
     run,
-    top_k_accuracy,
 )
 
 pytest.importorskip("torchmetrics")
