@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 
 from cvxlib._checks import require, wrong_value
+from cvxlib._files import digest, read_tensors, write_tensors
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Certificate, Factors, Solution, Status
 
@@ -61,17 +57,7 @@ class Checkpoint:
         tensors = {"u": factors.u, "v": factors.v, "block": factors.block, "history": solution.history}
         if solution.certificate.dual_point is not None:
             tensors["dual_point"] = solution.certificate.dual_point
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.file(index).with_suffix(f".{os.getpid()}.part")
-        try:
-            safetensors.torch.save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                temporary,
-                metadata={"cvxlib": json.dumps(header)},
-            )
-            os.replace(temporary, self.file(index))
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_tensors(self.file(index), tensors, header)
 
     def read(self) -> list[Point]:
         """The finished points."""
@@ -83,12 +69,10 @@ class Checkpoint:
     def point(self, file: Path, beta: float) -> Point:
         ours = "a folder with points of this program at these betas, with these options"
         try:
-            with safetensors.safe_open(file, framework="pt", device=str(self.program.tokens.device)) as stream:
-                header = json.loads((stream.metadata() or {})["cvxlib"])
-                tensors = {name: stream.get_tensor(name) for name in stream.keys()}
-            same = header["fingerprint"] == self.fingerprint
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
-            raise wrong_value("checkpoint", ours, f"{file}, which is damaged or foreign") from None
+            tensors, header = read_tensors(file, self.program.tokens.device)
+        except ValueError as error:
+            raise wrong_value("checkpoint", ours, str(error)) from None
+        same = header.get("fingerprint") == self.fingerprint
         require(same, "checkpoint", ours, f"those of another call in {self.folder}")
         certificate = Certificate(
             header["primal"],
@@ -110,11 +94,5 @@ class Checkpoint:
 
 def _fingerprint(program: ConvexProgram, options: dict) -> str:
     """A digest of everything that a path depends on."""
-    digest = hashlib.blake2b(digest_size=16)
     words = [program.mixer, program.activation, program.loss, program.pool, program.tokens.dtype, options]
-    digest.update(repr(words).encode())
-    for tensor in (program.tokens, program.targets, getattr(program.activation, "directions", None)):
-        if tensor is not None:
-            digest.update(repr((tensor.shape, tensor.dtype)).encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+    return digest(words, program.tokens, program.targets, getattr(program.activation, "directions", None))

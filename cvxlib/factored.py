@@ -74,7 +74,7 @@ class FactoredOperator:
         block: (K,) the mixer's block of each lifted block.
         rows: the number of predictions.
         reduce: sums a tensor over all processes that hold samples.
-        memory: bytes that may be kept besides the tokens.
+        memory: bytes that may be kept besides the tokens, by default ``MEMORY``.
         dtype: of the arithmetic, by default the tokens' own.
     """
 
@@ -88,17 +88,17 @@ class FactoredOperator:
         block: Tensor,
         rows: int,
         reduce: OneProcess = ALONE,
-        memory: float = MEMORY,
+        memory: float | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.mixer, self.activation, self.tokens, self.pooled = mixer, activation, tokens, pooled
         self.gate, self.block, self.rows, self.reduce = gate.cpu(), block.cpu(), rows, reduce
         self.dtype, self.device = dtype or tokens.dtype, tokens.device
-        self.memory = memory
+        self.memory = MEMORY if memory is None else memory
         self._make, self.path, workspace, self.bytes, self.flops = self._choose()
         self.scale = 16 if self.device.type == "cuda" else 1
         self.step = max(1, min(len(tokens), int(self.scale * WORKSPACE / (HEADS * workspace))))
-        self.stored = self.bytes * len(tokens) <= memory
+        self.stored = self.bytes * len(tokens) <= self.memory
         if not self.stored:
             self.path += ", computed in every pass"
         self._parts: list[Part] | None = None

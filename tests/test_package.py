@@ -15,7 +15,7 @@ PACKAGE = ROOT / "cvxlib"
 
 #: the floors, lowest first; a module may import from its own floor and below
 FLOORS = [
-    {"_checks", "solution"},
+    {"_checks", "_files", "solution"},
     {"contractions", "losses", "norms", "mixers", "activations", "arrangements", "cones"},
     {"lifting", "factored", "heads", "programs", "recovery", "certify", "baselines"},
     {"solvers"},

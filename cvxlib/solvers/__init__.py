@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from cvxlib._checks import instance, positive_float, positive_int, require
 from cvxlib.activations import ReLU
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Solution
 from cvxlib.solvers import proximal, relu, splitting, staircase
+from cvxlib.solvers._checkpoint import Checkpoint
 from cvxlib.solvers.cost import choose
 
 #: name of a solver, and the function that runs it
@@ -27,13 +29,14 @@ def solve(
     max_iterations: int = 20_000,
     solver: str | None = None,
     start: Solution | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool | None = None,
 ) -> Solution:
     r"""Solve a convex program to a certified relative gap.
 
     .. math:: \frac{\text{primal} - \text{dual}}{\max(|\text{primal}|, |\text{dual}|)} \le \text{tol}
 
-    Ctrl-C ends the solve early with the best certified iterate and the status ``INTERRUPTED``.
+    Ctrl-C ends the solve early with the best certified iterate and the status ``INTERRUPTED``; with a ``checkpoint`` a later call goes on.
 
     Args:
         program: what to solve.
@@ -43,13 +46,15 @@ def solve(
             ``"proximal"`` (first order, matrix products only); by default splitting or the staircase, by the operations and the memory
             that they are expected to take. ``"relu"`` (column generation over cones) is for ReLU, and only it.
         start: a solution of the same program, perhaps at another beta, to start from.
+        checkpoint: a file that the state of a long solve is written to, whole or not at all: after every round of the staircase, every
+            half minute by the others, and at the end or on Ctrl-C. A solve that finds the file goes on from there. Not for ReLU.
         progress: show a bar; by default only on a terminal.
 
     Returns:
         The solution with its certificate; ``status`` tells how the solve ended.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or range.
+        TypeError, ValueError: an argument of the wrong kind or range, or a checkpoint of another solve.
     """
     instance("program", program, ConvexProgram, "a ConvexProgram")
     tol = positive_float("tol", tol)
@@ -80,5 +85,11 @@ def solve(
     reason = None
     if solver is None:
         solver, reason = ("relu", None) if cones else choose(program)
-    solution = SOLVERS[solver](program, tol=tol, max_iterations=max_iterations, start=start, progress=progress)
+    options = {"tol": tol, "max_iterations": max_iterations, "start": start}
+    options["progress"] = progress if program.reduce.rank == 0 else False
+    if checkpoint is not None:
+        require(not cones, "checkpoint", "None for ReLU", str(checkpoint))
+        options["checkpoint"] = Checkpoint(checkpoint, program, solver)
+    with program.reduce.held():
+        solution = SOLVERS[solver](program, **options)
     return replace(solution, solver=f"{solution.solver} ({reason})") if reason else solution

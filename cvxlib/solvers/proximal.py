@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Certificate, Solution, Status
+from cvxlib.solvers._checkpoint import Checkpoint
 from cvxlib.solvers._finish import finish
 
 CHECK_EVERY = 10
@@ -23,15 +24,19 @@ def solve(
     tol: float,
     max_iterations: int,
     start: Solution | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: bool | None = None,
 ) -> Solution:
     """Solve a program by monotone FISTA; arguments as :func:`cvxlib.solve`."""
-    operator, loss, rows, n = program.operator, program.loss, program.rows, program.samples
+    operator, loss, rows, n, agree = program.operator, program.loss, program.rows, program.samples, program.reduce.agree
     eps = torch.finfo(program.tokens.dtype).eps
 
     x = operator.zeros() if start is None else start.lifted.to(program.tokens)
+    saved = checkpoint.read_lifted() if checkpoint else None
+    if saved:
+        x = saved[0]
+    x, penalty = agree(x, program.norm.value(x))
     ax = operator.forward(x)
-    penalty = program.norm.value(x)
     value = program.data_loss(ax) + program.beta * float(penalty)
     y, ay, momentum = x, ax, 1.0
     lipschitz = _first_lipschitz(program)
@@ -39,6 +44,8 @@ def solve(
     best_dual, best_point = program.feasible_dual(residual, float(program.norm.dual(program.gradient(ax))))
     history = [(1, value, best_dual)]
     evaluations, status = 1, Status.ITERATION_LIMIT
+    if saved:
+        _, best_dual, best_point, evaluations, history = saved
 
     bar = tqdm(
         total=max_iterations, desc="proximal gradient", disable=None if progress is None else not progress, delay=1
@@ -53,6 +60,8 @@ def solve(
                 if dual > best_dual:
                     best_dual, best_point = dual, point
                 history.append((evaluations, value, best_dual))
+                if checkpoint and checkpoint.due:
+                    checkpoint.write_lifted(x, best_dual, best_point, evaluations, history)
                 gap = Certificate(value, best_dual).relative_gap
                 bar.set_postfix_str(f"gap {gap:.1e}")
                 if gap <= tol:
@@ -62,17 +71,20 @@ def solve(
             at_y = program.data_loss(ay)
             while True:
                 z, penalty = program.norm.prox(y - gradient / lipschitz, program.beta / lipschitz)
+                step = z - y
+                products = torch.stack([(gradient * step).sum(), step.square().sum(), (step * (z - x)).sum()])
+                z, penalty, products = agree(z, penalty, products)
                 az = operator.forward(z)
                 evaluations += 1
                 bar.update()
-                at_z, step = program.data_loss(az), z - y
-                bound = float((gradient * step).sum()) + lipschitz / 2 * float(step.square().sum())
+                at_z = program.data_loss(az)
+                bound = float(products[0]) + lipschitz / 2 * float(products[1])
                 if at_z <= at_y + bound + 8 * eps * abs(at_y) or evaluations >= max_iterations:
                     break
                 lipschitz *= 2
             new_value = at_z + program.beta * float(penalty)
 
-            if float(((y - z) * (z - x)).sum()) > 0:  # momentum points uphill: start it afresh
+            if float(products[2]) < 0:  # momentum points uphill: start it afresh
                 momentum = 1.0
             next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
             pull, push = momentum / next_momentum, (momentum - 1) / next_momentum
@@ -87,6 +99,8 @@ def solve(
         status = Status.INTERRUPTED
     finally:
         bar.close()
+        if checkpoint:
+            checkpoint.write_lifted(x, best_dual, best_point, evaluations, history)
 
     k, p, q = operator.shape
     name = f"proximal gradient on {k} blocks of {p} x {q}, design tensor of {operator.rows} rows"
@@ -101,4 +115,5 @@ def _first_lipschitz(program: ConvexProgram) -> float:
     z = torch.randn(operator.shape, generator=generator, dtype=torch.float64).to(program.tokens)
     for _ in range(5):
         z = operator.adjoint(operator.forward(z / z.norm()))
-    return max(program.loss.smoothness * float(z.norm()) / program.samples, torch.finfo(z.dtype).tiny)
+    (norm,) = program.reduce.agree(z.norm())
+    return max(program.loss.smoothness * float(norm) / program.samples, torch.finfo(z.dtype).tiny)

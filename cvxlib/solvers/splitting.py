@@ -23,6 +23,7 @@ from cvxlib.lifting import ALONE, LiftedOperator, OneProcess
 from cvxlib.norms import BlockNuclearNorm
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Certificate, Solution, Status
+from cvxlib.solvers._checkpoint import Checkpoint
 from cvxlib.solvers._finish import finish
 
 CHECK_EVERY = 10
@@ -119,6 +120,7 @@ def iterates(
             last_z, last_az = z, az
             az, z = project(relaxed_f + dual_f, relaxed_w + dual_w)
             dual_f, dual_w = dual_f + relaxed_f - az, dual_w + relaxed_w - z
+        z, dual_w, w, penalty = reduce.agree(z, dual_w, w, penalty)
         yield Iterate(w, penalty, f)
 
         count += CHECK_EVERY
@@ -138,16 +140,23 @@ def solve(
     tol: float,
     max_iterations: int,
     start: Solution | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: bool | None = None,
 ) -> Solution:
     """Solve a program by operator splitting; arguments as :func:`cvxlib.solve`."""
     operator, loss, rows, norm, n = program.operator, program.loss, program.rows, program.norm, program.samples
     best = operator.zeros() if start is None else start.lifted.to(program.tokens)
+    saved = checkpoint.read_lifted() if checkpoint else None
+    if saved:
+        best = saved[0]
+    best, penalty = program.reduce.agree(best, norm.value(best))
     az = operator.forward(best)
-    value = program.data_loss(az) + program.beta * float(norm.value(best))
+    value = program.data_loss(az) + program.beta * float(penalty)
     residual = loss.gradient(az, rows)
     best_dual, best_point = program.feasible_dual(residual, float(norm.dual(program.gradient(az))))
     history, evaluations, status = [(1, value, best_dual)], 1, Status.ITERATION_LIMIT
+    if saved:
+        _, best_dual, best_point, evaluations, history = saved
     steps = iterates(program, operator, best, residual)
     bar = tqdm(
         total=max_iterations, desc="operator splitting", disable=None if progress is None else not progress, delay=1
@@ -173,10 +182,14 @@ def solve(
             if dual > best_dual:
                 best_dual, best_point = dual, point
             history.append((evaluations, value, best_dual))
+            if checkpoint and checkpoint.due:
+                checkpoint.write_lifted(best, best_dual, best_point, evaluations, history)
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
     finally:
         bar.close()
+        if checkpoint:
+            checkpoint.write_lifted(best, best_dual, best_point, evaluations, history)
 
     k, p, q = operator.shape
     name = f"operator splitting on {k} blocks of {p} x {q}, design tensor of {operator.rows} rows"

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Certificate, Factors, Solution, Status
 from cvxlib.solvers import splitting
+from cvxlib.solvers._checkpoint import Checkpoint
 from cvxlib.solvers.descent import AxisMoments, minimise
 
 DESCENT = 40  # steps of descent in a round
@@ -39,14 +40,19 @@ def solve(
     tol: float,
     max_iterations: int,
     start: Solution | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: bool | None = None,
 ) -> Solution:
     """Solve a program by the staircase; arguments as :func:`cvxlib.solve`."""
     state = _State(program, start)
+    saved = checkpoint.read() if checkpoint else None
+    if saved:
+        state.restore(*saved)
     bar = tqdm(total=max_iterations, desc="staircase", disable=None if progress is None else not progress, delay=1)
     status, aim = Status.ITERATION_LIMIT, tol
     try:
-        state.certify()
+        if not saved:
+            state.certify()
         while True:
             bar.n = min(state.evaluations, max_iterations)
             bar.set_postfix_str(f"rank {len(state.k)}, gap {state.gap:.1e}")
@@ -60,11 +66,16 @@ def solve(
                     break
             if state.evaluations >= max_iterations:
                 break
+            last = state.gap
             state.solve_core(aim)
             state.certify()
             if state.gap > aim:
                 state.descend(aim)
                 state.certify()
+            if state.gap > 0.5 * last:
+                state.core_gap *= 0.2
+            if checkpoint:
+                state.save(checkpoint)
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
     finally:
@@ -78,6 +89,8 @@ class _State:
     def __init__(self, program: ConvexProgram, start: Solution | None) -> None:
         self.program, self.operator = program, program.factored
         self.moments: AxisMoments | None = None
+        # a core need not be solved much better than what is outside it; rounds that gain little make it smaller
+        self.core_gap = 1e-2
         # singular values are computed in double precision, of sums in the tokens' own: the audit has the last word
         self.slack = 16 * torch.finfo(program.tokens.dtype).eps
         mixer, like = program.mixer, program.tokens
@@ -107,7 +120,8 @@ class _State:
         return Factors(self.u[order].reshape(-1, *mixer.shape), self.v[order], self.k.to(order.device)[order])
 
     def _objective(self, f: Tensor, u: Tensor, v: Tensor) -> float:
-        return self.program.data_loss(f) + self.program.beta / 2 * float(u.square().sum() + v.square().sum())
+        (squares,) = self.program.reduce.agree(u.square().sum() + v.square().sum())
+        return self.program.data_loss(f) + self.program.beta / 2 * float(squares)
 
     def _offer(self) -> None:
         """Keep the present heads if they are the best."""
@@ -129,7 +143,7 @@ class _State:
     def solve_core(self, tol: float) -> None:
         """Solve the program on the span of the heads and of the violated directions."""
         program = self.program
-        blocks, left, right, cores = _spans(self.u, self.v, self.k, self.directions)
+        blocks, left, right, cores = program.reduce.agree(*_spans(self.u, self.v, self.k, self.directions))
         core = self.operator.core(left, right, blocks)
         best, value, dual = cores, float("inf"), -float("inf")
         for count, step in enumerate(splitting.iterates(program, core, cores, self.residual), start=1):
@@ -142,8 +156,7 @@ class _State:
             bound, _ = program.feasible_dual(residual, spectral, self.slack)
             if bound > dual:
                 dual, self.residual = bound, residual
-            # the core need not be much better than what is outside it
-            if Certificate(value, dual).relative_gap <= max(0.1 * tol, min(0.02 * self.gap, 1e-2)):
+            if Certificate(value, dual).relative_gap <= max(0.1 * tol, min(0.02 * self.gap, self.core_gap)):
                 break
             if count * splitting.CHECK_EVERY >= CORE_STEPS:
                 break
@@ -152,7 +165,7 @@ class _State:
         root = sigma[slot, index].sqrt().unsqueeze(1)
         self.u = (left @ a).mT[slot, index] * root
         self.v = ((right @ b.mT).mT[slot, index] * root).unflatten(1, self.v.shape[1:])
-        self.k = blocks[slot.cpu()]
+        self.u, self.v, self.k = program.reduce.agree(self.u, self.v, blocks[slot.cpu()])
         self.evaluations += 1
         self._offer()
 
@@ -186,11 +199,40 @@ class _State:
             exact = self.program.in_double()
             u, v, k = self.best.u.flatten(1).double(), self.best.v.double(), self.best.block.cpu()
             loss = exact.data_loss(exact.factored.predictions(u, v, k))
-            primal = loss + exact.beta / 2 * float(u.square().sum() + v.square().sum())
+            (squares,) = exact.reduce.agree(u.square().sum() + v.square().sum())
+            primal = loss + exact.beta / 2 * float(squares)
             point = exact.loss.to_domain(self.point.double(), exact.rows)
             certificate = Certificate(primal, *exact.feasible_dual(point, exact.dual_norm(point)))
             self.audited = (self.primal, self.dual), certificate
         return self.audited[1]
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write down everything that the next round depends on."""
+        tensors = {"u": self.u, "v": self.v, "k": self.k, "residual": self.operator.reduce.gather(self.residual)}
+        tensors |= {"best.u": self.best.u, "best.v": self.best.v, "best.k": self.best.block}
+        tensors |= {"point": self.operator.reduce.gather(self.point)}
+        for block, left, right in self.directions:
+            tensors |= {f"left.{block}": left, f"right.{block}": right}
+        if self.operator.reduce.rank == 0:
+            checkpoint.write(
+                tensors,
+                primal=self.primal,
+                dual=self.dual,
+                evaluations=self.evaluations,
+                history=self.history,
+                core_gap=self.core_gap,
+                blocks=[block for block, _, _ in self.directions],
+            )
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict) -> None:
+        """Go back to where :meth:`save` was called."""
+        self.u, self.v, self.k = tensors["u"], tensors["v"], tensors["k"].cpu()
+        self.residual, self.point = (self.operator.reduce.own(tensors[name]) for name in ("residual", "point"))
+        self.f = self.operator.predictions(self.u, self.v, self.k)
+        self.best = Factors(*(tensors[f"best.{name}"] for name in "uvk"))
+        self.primal, self.dual, self.evaluations = numbers["primal"], numbers["dual"], numbers["evaluations"]
+        self.history, self.core_gap = [tuple(row) for row in numbers["history"]], numbers["core_gap"]
+        self.directions = [(k, tensors[f"left.{k}"], tensors[f"right.{k}"]) for k in numbers["blocks"]]
 
     def solution(self, status: Status) -> Solution:
         """The best heads with their certificate."""
@@ -211,11 +253,10 @@ def violated(gradient: Tensor, beta: float) -> tuple[float, list[tuple[int, Tens
     wide = gradient.shape[1] < gradient.shape[2]
     tall = gradient.mT if wide else gradient  # (K, long, short)
     limit = max(2, COLUMNS // len(gradient))
-    bound, directions = 0.0, []
-    for k, matrix in enumerate(tall):
-        sigma, vectors, largest = _top_singular(matrix, limit)
-        bound = max(bound, largest)
-        keep = sigma > NEAR * beta
+    tops = [_top_singular(matrix, limit) for matrix in tall]
+    bound, directions = max(largest for _, _, largest in tops), []
+    for k, (matrix, (sigma, vectors, _)) in enumerate(zip(tall, tops, strict=True)):
+        keep = sigma > NEAR * min(beta, bound)
         if bool(keep.any()):
             short = vectors[:, keep]
             long = torch.linalg.qr(matrix @ short)[0]
