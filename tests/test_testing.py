@@ -218,6 +218,25 @@ def test_a_wrong_adjoint_is_noticed(monkeypatch):
         testing.check_adjoint(Sound(D, C), TOKENS)
 
 
+class WrongPooled(cvxlib.SelfAttention):
+    hidden = cvxlib.SelfAttention.hidden
+    values = cvxlib.SelfAttention.values
+
+    def pooled(self, tokens, masks):
+        return super().pooled(tokens * 1.01, masks)
+
+
+class InheritedPooled(cvxlib.SelfAttention):
+    def hidden(self, tokens, u):
+        return super().hidden(tokens, u).triu()
+
+
+def test_a_wrong_contraction_is_noticed_and_an_inherited_one_is_not_used():
+    with pytest.raises(MixerError, match="pooled is not the mean of the gated hidden matrices"):
+        testing.check_adjoint(WrongPooled(D, C), TOKENS)
+    testing.check_adjoint(InheritedPooled(D, C), TOKENS)
+
+
 def test_a_wrong_beta_max_is_noticed(monkeypatch):
     true = cvxlib.ConvexProgram.beta_max
     monkeypatch.setattr(cvxlib.ConvexProgram, "beta_max", _scaled(true, 0.9))
