@@ -60,6 +60,11 @@ class CoreOperator:
         return self.reduce((dual.flatten() @ self.tensor.flatten(2).flatten(0, 1)).reshape(self.tensor.shape[2:]))
 
 
+def _budget(device: torch.device) -> float:
+    """``MEMORY``, or a quarter of what a GPU has free."""
+    return torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else MEMORY
+
+
 class FactoredOperator:
     r"""The bilinear map from factors to predictions, and its gradients.
 
@@ -74,7 +79,7 @@ class FactoredOperator:
         block: (K,) the mixer's block of each lifted block.
         rows: the number of predictions.
         reduce: sums a tensor over all processes that hold samples.
-        memory: bytes that may be kept besides the tokens, by default ``MEMORY``.
+        memory: bytes that may be kept besides the tokens, by default ``MEMORY``, or a quarter of what a GPU has free.
         dtype: of the arithmetic, by default the tokens' own.
     """
 
@@ -94,7 +99,7 @@ class FactoredOperator:
         self.mixer, self.activation, self.tokens, self.pooled = mixer, activation, tokens, pooled
         self.gate, self.block, self.rows, self.reduce = gate.cpu(), block.cpu(), rows, reduce
         self.dtype, self.device = dtype or tokens.dtype, tokens.device
-        self.memory = MEMORY if memory is None else memory
+        self.memory = _budget(self.device) if memory is None else memory
         self._make, self.path, workspace, self.bytes, self.flops = self._choose()
         self.scale = 16 if self.device.type == "cuda" else 1
         self.step = max(1, min(len(tokens), int(self.scale * WORKSPACE / (HEADS * workspace))))

@@ -222,3 +222,22 @@ def test_cuda_gives_the_same_certificate(gates):
     there = cvxlib.solve(on_device, tol=1e-3, solver="staircase")
     assert there.status is cvxlib.Status.CERTIFIED and there.factors.u.is_cuda
     assert there.certificate.dual <= here.objective and here.certificate.dual <= there.objective
+
+
+def test_cores_stay_within_their_memory(monkeypatch):
+    program = attention(gates=2)
+    sizes = []
+    core = FactoredOperator.core
+
+    def recorded(self, left, right, k):
+        sizes.append(len(k) * left.shape[2] * right.shape[2])
+        return core(self, left, right, k)
+
+    monkeypatch.setattr(FactoredOperator, "core", recorded)
+    free = cvxlib.solve(program, tol=1e-3, solver="staircase")
+    most = max(sizes)
+    sizes.clear()
+    monkeypatch.setattr("cvxlib.factored.MEMORY", 0)
+    monkeypatch.setattr(staircase, "CORE_BYTES", 0)
+    tight = cvxlib.solve(attention(gates=2), tol=1e-3, solver="staircase")
+    assert max(sizes) < most and tight.status is free.status is cvxlib.Status.CERTIFIED

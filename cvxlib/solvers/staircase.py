@@ -26,7 +26,7 @@ from cvxlib.solvers.descent import AxisMoments, minimise
 
 DESCENT = 40  # steps of descent in a round
 CORE_STEPS = 300  # steps of operator splitting on a core
-CORE_BYTES = 2**29  # of a core's design tensor
+CORE_BYTES = 2**31  # of a core's design tensor: with more heads than that allows, a round adds one direction a block
 COLUMNS = 16  # new directions in a round, over all blocks, but at least two a block
 LARGEST_EIGEN = 1024  # side of a Gram matrix whose eigenvectors are all computed
 POWERS = 12  # of subspace iteration on a larger one
@@ -282,6 +282,16 @@ def _top_singular(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
     while int(torch.linalg.cholesky_ex(bound**2 * torch.eye(size).to(gram) - gram).info):
         bound *= 1 + 1e-4
     return sigma, vectors.to(matrix), bound
+
+
+def _fitting(
+    k: Tensor, directions: list[tuple[int, Tensor, Tensor]], columns: float
+) -> list[tuple[int, Tensor, Tensor]]:
+    """The largest of the directions, as many a block (and at least one) as leave a core with so many columns."""
+    blocks = set(k.tolist()) | {block for block, _, _ in directions}
+    heads = int(torch.bincount(k).max()) if len(k) else 0
+    room = max(1, int((columns / len(blocks)) ** 0.5) - heads) if blocks else 1
+    return [(block, left[:, -room:], right[:, -room:]) for block, left, right in directions]
 
 
 def _spans(
