@@ -143,7 +143,10 @@ class _State:
     def solve_core(self, tol: float) -> None:
         """Solve the program on the span of the heads and of the violated directions."""
         program = self.program
-        blocks, left, right, cores = program.reduce.agree(*_spans(self.u, self.v, self.k, self.directions))
+        budget = max(CORE_BYTES, self.operator.memory) / (self.residual.numel() * self.u.element_size())
+        (columns,) = program.reduce.agree(self.residual.new_tensor(budget))
+        directions = _fitting(self.k, self.directions, float(columns))
+        blocks, left, right, cores = program.reduce.agree(*_spans(self.u, self.v, self.k, directions))
         core = self.operator.core(left, right, blocks)
         best, value, dual = cores, float("inf"), -float("inf")
         for count, step in enumerate(splitting.iterates(program, core, cores, self.residual), start=1):
