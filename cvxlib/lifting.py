@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from cvxlib._checks import require
 from cvxlib.activations import Activation
 from cvxlib.mixers import Mixer
 
@@ -58,6 +59,12 @@ class OneProcess:
 
 
 ALONE = OneProcess()
+
+
+def require_alone(name: str, reduce: OneProcess) -> None:
+    """Raise the ``ValueError`` if other processes hold samples too."""
+    came = f"one that {reduce.size} processes share"
+    require(reduce is ALONE, name, "a program with all its samples in this process", came)
 
 
 def chunks(mixer: Mixer, tokens: Tensor, heads: int) -> Iterator[Tensor]:

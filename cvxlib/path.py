@@ -20,6 +20,7 @@ from cvxlib._checkpoint import Checkpoint, Point
 from cvxlib._checks import float_tensor, instance, positive_float, positive_int, require
 from cvxlib.activations import GatedReLU
 from cvxlib.certify import certify, predict
+from cvxlib.lifting import require_alone
 from cvxlib.programs import ConvexProgram
 from cvxlib.screening import GapSafeRule, move, restrict, separable
 from cvxlib.solution import Certificate, Factors, Solution, Status
@@ -130,6 +131,7 @@ def path(
     Source: book, chapter "The regularisation path".
     """
     instance("program", program, ConvexProgram, "a ConvexProgram")
+    require_alone("program", program.reduce)
     tol = positive_float("tol", tol)
     instance("screen", screen, bool, "True or False")
     grid = _grid(program, betas, count, ratio)

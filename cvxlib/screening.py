@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cvxlib._checks import instance, require
 from cvxlib.activations import GatedReLU
-from cvxlib.lifting import block_design, chunks
+from cvxlib.lifting import block_design, chunks, require_alone
 from cvxlib.mixers import Mixer
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Certificate, Factors, Solution
@@ -112,6 +112,7 @@ def restrict(program: ConvexProgram, gates: Tensor) -> ConvexProgram:
         ValueError: no gate is kept.
     """
     instance("activation", program.activation, GatedReLU, "a GatedReLU")
+    require_alone("program", program.reduce)
     directions = program.activation.directions
     kept = GatedReLU(directions[gates.to(directions.device)])
     return ConvexProgram(program.mixer, kept, program.loss, program.tokens, program.targets, program.beta, program.pool)
@@ -142,7 +143,7 @@ def _squares(program: ConvexProgram) -> Tensor:
         for part in chunks(mixer, seen, mixer.p + 2 * program.gates.count):
             total += _chunk_squares(mixer, program, part, kept, b)
         totals.append(total)
-    return torch.cat(totals)
+    return program.reduce(torch.cat(totals))
 
 
 def _chunk_squares(mixer: Mixer, program: ConvexProgram, tokens: Tensor, kept: Tensor, block: int) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from cvxlib._checks import FLOATS, instance, require, wrong_value
 from cvxlib.activations import Activation, GatedReLU, Linear, ReLU
 from cvxlib.heads import Head
+from cvxlib.lifting import require_alone
 from cvxlib.losses import Loss
 from cvxlib.mixers import Mixer
 from cvxlib.programs import ConvexProgram
@@ -116,6 +117,7 @@ def _head(head: Head) -> tuple[dict, dict[str, Tensor]]:
 
 def _solution(solution: Solution) -> tuple[dict, dict[str, Tensor]]:
     program, certificate = solution.program, solution.certificate
+    require_alone("value", program.reduce)  # of others, solution.head() can be saved
     _require_own("loss", program.loss, _classes(Loss))
     activation, tensors = _activation(program.activation)
     header = {

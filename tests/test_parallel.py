@@ -18,6 +18,7 @@ from family import normal
 
 import cvxlib
 from cvxlib.parallel import Processes, ShardedProgram, shard
+from cvxlib.solvers.training import train
 
 TOL = 5e-7
 #: (activation, pool, solver, dtype); the losses take turns
@@ -165,6 +166,16 @@ def complaints(processes, folder):
     told["part"] = str(error.value)
     sharded = shard(build("linear", "mean", samples=7), processes)
     told["shares"] = [len(sharded.tokens), sharded.samples, repr(sharded)]
+    solution = cvxlib.solve(shard(build("gated", "mean", samples=7, fraction=0.7), processes), tol=1e-6)
+    told["zero"] = cvxlib.screen(solution.program, solution.certificate)
+    for name, refused in {
+        "save": lambda: cvxlib.save(Path(folder, "solution"), solution),
+        "path": lambda: cvxlib.path(solution.program),
+        "train": lambda: train(solution.program, heads=1),
+    }.items():
+        with pytest.raises(ValueError) as error:
+            refused()
+        told[name] = str(error.value)
     told["automatic"] = cvxlib.solve(sharded, tol=1e-3).status.name
     return told
 
@@ -340,6 +351,11 @@ def test_disagreement_is_an_error_on_every_process(two):
     assert one["part"].startswith("whole: expected at least one sample for each of 2 processes")
     assert [one["shares"][:2], other["shares"][:2]] == [[3, 7], [4, 7]]
     assert one["shares"][2].startswith("ShardedProgram(") and "rank 0 of 2, 7 samples in all" in one["shares"][2]
+    for name in ("save", "path", "train"):
+        assert "expected a program with all its samples in this process; got one that 2 processes share" in one[name]
+    whole = cvxlib.solve(build("gated", "mean", samples=7, fraction=0.7), tol=1e-6)
+    zero = cvxlib.screen(whole.program, whole.certificate)
+    assert torch.equal(one["zero"], zero) and torch.equal(other["zero"], zero) and zero.any() and not zero.all()
     assert one["automatic"] == other["automatic"] == "CERTIFIED"
 
 

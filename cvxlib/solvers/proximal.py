@@ -99,8 +99,8 @@ def solve(
         status = Status.INTERRUPTED
     finally:
         bar.close()
-        if checkpoint:
-            checkpoint.write_lifted(x, best_dual, best_point, evaluations, history)
+    if checkpoint:
+        checkpoint.write_lifted(x, best_dual, best_point, evaluations, history)
 
     k, p, q = operator.shape
     name = f"proximal gradient on {k} blocks of {p} x {q}, design tensor of {operator.rows} rows"

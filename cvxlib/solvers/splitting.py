@@ -188,8 +188,8 @@ def solve(
         status = Status.INTERRUPTED
     finally:
         bar.close()
-        if checkpoint:
-            checkpoint.write_lifted(best, best_dual, best_point, evaluations, history)
+    if checkpoint:
+        checkpoint.write_lifted(best, best_dual, best_point, evaluations, history)
 
     k, p, q = operator.shape
     name = f"operator splitting on {k} blocks of {p} x {q}, design tensor of {operator.rows} rows"

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from cvxlib._checks import instance, positive_float, positive_int, require
 from cvxlib.certify import predict
 from cvxlib.heads import Head
+from cvxlib.lifting import require_alone
 from cvxlib.programs import ConvexProgram
 
 
@@ -74,6 +75,7 @@ def train(
     Source: the protocol of Sahiner et al. 2022, section 5.
     """
     instance("program", program, ConvexProgram, "a ConvexProgram")
+    require_alone("program", program.reduce)
     epochs, batch = positive_int("epochs", epochs), positive_int("batch", batch)
     warmup_epochs = min(positive_int("warmup_epochs", warmup_epochs, least=0), epochs)
     learning_rate = positive_float("learning_rate", learning_rate)
