@@ -287,3 +287,22 @@ def regularisation_path(found: Path, accuracy: Tensor | None = None) -> Figure:
         ax.set(xscale="log", xlabel=r"$\beta$ / first $\beta$")
         ax.invert_xaxis()
     return figure
+
+
+def certified_gaps(solutions: Mapping[str, Solution], ax: Axes | None = None) -> Axes:
+    """The certified relative gap of several solvers against evaluations, on logarithmic axes.
+
+    Args:
+        solutions: one for each label.
+        ax: where to draw; a new figure by default.
+    """
+    require(len(solutions) > 0, "solutions", "at least one solution", "none")
+    ax = ax or plt.subplots(figsize=(5.2, 3.4))[1]
+    colours = [COLOURS[role] for role in ("optimum", "training", "gated", "neutral")]
+    for k, (label, solution) in enumerate(solutions.items()):
+        evaluations, primal, dual = solution.history.T
+        gap = (primal - dual) / torch.maximum(primal.abs(), dual.abs())
+        ax.plot(evaluations, gap, color=colours[k % len(colours)], marker="os^D"[k % 4], ms=4, lw=1.5, label=label)
+    ax.set(xscale="log", yscale="log", xlabel="evaluations", ylabel="certified relative gap")
+    ax.legend()
+    return ax
