@@ -304,5 +304,5 @@ def certified_gaps(solutions: Mapping[str, Solution], ax: Axes | None = None) ->
         gap = (primal - dual) / torch.maximum(primal.abs(), dual.abs())
         ax.plot(evaluations, gap, color=colours[k % len(colours)], marker="os^D"[k % 4], ms=4, lw=1.5, label=label)
     ax.set(xscale="log", yscale="log", xlabel="evaluations", ylabel="certified relative gap")
-    ax.legend()
+    ax.legend(loc="lower left")
     return ax
