@@ -44,6 +44,9 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: seconds that processes which saw a failure wait for each other, to find out who did not
 GRACE = 5.0
 
+#: how long one attempt to reach rank 0 may take
+RETRY = timedelta(seconds=2)
+
 T = TypeVar("T")
 Array = TypeVar("Array", Tensor, np.ndarray)
 
@@ -97,6 +100,8 @@ class Processes(OneProcess):
         rank, size = (int(os.environ[name]) for name in VARIABLES[:2])
         try:
             store, rank, size = next(distributed.rendezvous("env://", rank, size, timeout=self.timeout))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store = self._renewed(store, rank)
             distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=self.timeout)
         except RuntimeError as error:
             raise RuntimeError(
@@ -104,6 +109,24 @@ class Processes(OneProcess):
                 "start all of them with the same MASTER_ADDR and MASTER_PORT"
             ) from error
         self._store = store
+
+    def _renewed(self, store: distributed.Store, rank: int) -> distributed.Store:
+        """A store of these processes alone: that of torchrun still holds the keys of those that it has started before."""
+        host, key = os.environ["MASTER_ADDR"], "cvxlib/port"
+        if rank == 0:
+            renewed = distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self.timeout)
+            store.set(key, str(renewed.port))
+            return renewed
+        deadline = time.monotonic() + self.timeout.total_seconds()
+        while True:
+            try:  # the port of an earlier rank 0 refuses
+                renewed = distributed.TCPStore(host, int(store.get(key)), wait_for_workers=False, timeout=RETRY)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                renewed.set_timeout(self.timeout)
+                return renewed
 
     # what a program asks for
 
