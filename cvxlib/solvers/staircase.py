@@ -24,7 +24,7 @@ from cvxlib.solvers import splitting
 from cvxlib.solvers._checkpoint import Checkpoint
 from cvxlib.solvers.descent import AxisMoments, minimise
 
-DESCENT = 40  # steps of descent in a round
+DESCENT = 40, 160  # fewest and most steps of descent in a round
 CORE_STEPS = 300  # steps of operator splitting on a core
 CORE_BYTES = 2**31  # of a core's design tensor: with more heads than that allows, a round adds one direction a block
 COLUMNS = 16  # new directions in a round, over all blocks, but at least two a block
@@ -91,8 +91,10 @@ class _State:
         self.moments: AxisMoments | None = None
         # a core need not be solved much better than what is outside it; rounds that gain little make it smaller
         self.core_gap = 1e-2
-        # singular values are computed in double precision, of sums in the tokens' own: the audit has the last word
-        self.slack = 16 * torch.finfo(program.tokens.dtype).eps
+        self.core_operations = 0.0
+        # in single precision the audit has the last word on rounding
+        double = program.tokens.dtype == torch.float64
+        self.slack = None if double else 16 * torch.finfo(program.tokens.dtype).eps
         mixer, like = program.mixer, program.tokens
         if start is None:
             self.u, self.k = like.new_zeros(0, mixer.p), torch.zeros(0, dtype=torch.long)
@@ -163,6 +165,7 @@ class _State:
                 break
             if count * splitting.CHECK_EVERY >= CORE_STEPS:
                 break
+        self.core_operations = 6.0 * count * splitting.CHECK_EVERY * core.tensor.numel()
         a, sigma, b = torch.linalg.svd(best, full_matrices=False)
         slot, index = (sigma > 1e-6 * sigma.max()).nonzero(as_tuple=True)
         root = sigma[slot, index].sqrt().unsqueeze(1)
@@ -178,6 +181,8 @@ class _State:
             return
         if self.moments is None:
             self.moments = AxisMoments(self.program, self.operator)
+        step = 3.0 * self.operator.flops * len(self.program.tokens) * len(self.k)
+        steps = self.program.reduce.agree(torch.tensor(self.core_operations / step))[0]
         size = self.operator.rows * len(self.k) * self.program.mixer.width * self.u.element_size()
         self.u, self.v, self.f, count = minimise(
             self.program,
@@ -186,7 +191,8 @@ class _State:
             self.u,
             self.v,
             self.k,
-            iterations=DESCENT,
+            # a costly core is worth as much descent
+            iterations=int(steps.clamp(*DESCENT)),
             tol=0.01 * min(tol, self.gap),
             keep_features=3 * size <= self.operator.memory,
         )
