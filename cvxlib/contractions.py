@@ -44,10 +44,10 @@ class Contraction(abc.ABC):
     def design(self, gate: int) -> Tensor:
         """(rows, p, w) the design tensor of one gate, formed after all."""
 
-    def adjoint(self, dual: Tensor, gate: int) -> Tensor:
-        r"""(p, w, c) :math:`\sum_i T_{i,g} \otimes \rho_i` for dual (rows, c)."""
-        design = self.design(gate)
-        return (design.flatten(1).mT @ dual).unflatten(0, design.shape[1:])
+    def adjoint(self, dual: Tensor, gates: list[int]) -> Tensor:
+        r"""(P', p, w, c) :math:`\sum_i T_{i,g} \otimes \rho_i` for dual (rows, c) and each of P' gates."""
+        designs = map(self.design, gates)
+        return torch.stack([(design.flatten(1).mT @ dual).unflatten(0, design.shape[1:]) for design in designs])
 
     @abc.abstractmethod
     def split(self, step: int) -> list[Contraction]:
@@ -135,11 +135,11 @@ class GramMatrices(Contraction):
     def design(self, gate: int) -> Tensor:
         return (self.queries.unsqueeze(2).unsqueeze(3) * self.gram.unsqueeze(1)).flatten(1, 2)
 
-    def adjoint(self, dual: Tensor, gate: int) -> Tensor:
+    def adjoint(self, dual: Tensor, gates: list[int]) -> Tensor:
         d, c = self.queries.shape[1], dual.shape[1]
         pairs = (self.queries.unsqueeze(2) * dual.unsqueeze(1)).flatten(1)  # (n, d c)
         total = (pairs.mT @ self.gram.flatten(1)).reshape(d, c, *self.gram.shape[1:])
-        return total.movedim(1, 3).flatten(0, 1)
+        return total.movedim(1, 3).flatten(0, 1).unsqueeze(0)
 
     def split(self, step: int) -> list[Contraction]:
         return [GramMatrices(*parts) for parts in zip(self.queries.split(step), self.gram.split(step), strict=True)]
@@ -197,7 +197,34 @@ class MeanQueries(Contraction):
         pairs = torch.einsum("nhk,nhl->nhkl", self.queries[gate], self.keys).flatten(2)
         return pairs.mT @ self.values
 
+    def adjoint(self, dual: Tensor, gates: list[int]) -> Tensor:
+        # products of keys and values are the same for every gate, and symmetric where keys are values
+        d, w = self.keys.shape[2], self.values.shape[2]
+        row, column = (
+            torch.triu_indices(d, w)
+            if self.keys is self.values
+            else torch.cartesian_prod(torch.arange(d), torch.arange(w)).mT
+        )
+        step = max(1, int(2**25 / (len(gates) * d * len(row) * self.keys.element_size())))
+        total = self.keys.new_zeros(len(gates) * d * len(row), dual.shape[1])
+        queries = self.queries[gates]
+        for start in range(0, len(self.keys), step):
+            part = slice(start, start + step)
+            products = self.keys[part][:, :, row] * self.values[part][:, :, column]
+            means = queries[:, part].permute(1, 0, 3, 2).flatten(1, 2)  # (n, P' d, h)
+            total += (means @ products).flatten(1).mT @ dual[part]
+        total = total.unflatten(0, (len(gates), d, len(row)))
+        out = total.new_zeros(len(gates), d, d, w, dual.shape[1])
+        out[:, :, row, column] = total
+        if self.keys is self.values:
+            out[:, :, column, row] = total
+        return out.flatten(1, 2)
+
     def split(self, step: int) -> list[Contraction]:
+        if self.keys is self.values:
+            return [
+                MeanQueries(q, x, x) for q, x in zip(self.queries.split(step, 1), self.keys.split(step), strict=True)
+            ]
         queries = self.queries.split(step, 1)
         return [MeanQueries(*p) for p in zip(queries, self.keys.split(step), self.values.split(step), strict=True)]
 

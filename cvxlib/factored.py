@@ -236,11 +236,10 @@ class FactoredOperator:
         for part in self.parts():
             columns = dual[part.rows].chunk(self.mixer.blocks, 1)
             for b, contraction in enumerate(part.blocks):
-                start = 0
+                start, slots = 0, (self.block == b).nonzero().squeeze(1)
                 for piece in contraction.split(step):
-                    for slot in (self.block == b).nonzero().flatten().tolist():
-                        rho = columns[b][start : start + piece.rows]
-                        total[slot] += piece.adjoint(rho, int(self.gate[slot])).flatten(1)
+                    rho = columns[b][start : start + piece.rows]
+                    total[slots] += piece.adjoint(rho, self.gate[slots].tolist()).flatten(2)
                     start += piece.rows
         return self.reduce(total)
 
