@@ -37,10 +37,11 @@ def solve(program: ConvexProgram, **options) -> float:
     directions = getattr(program.activation, "directions", None)
     gates = 1 if directions is None else len(directions)
 
-    penalty, columns = 0, []
+    squared = np.issubdtype(targets.dtype, np.floating)
+    penalty, columns, outside = 0, [], 0.0
     for b in range(blocks):
         seen = np.split(tokens, blocks, axis=2)[b]
-        prediction = 0
+        designs, variables = [], []
         for g in range(gates):
             direction = None
             if directions is not None:
@@ -51,14 +52,21 @@ def solve(program: ConvexProgram, **options) -> float:
             z = cp.Variable((p, w * (c // blocks)))
             penalty += cp.normNuc(z)
             # row (p, w) of the reshaped variable holds the c / B outputs of that entry
-            prediction += design.reshape(-1, p * w) @ cp.reshape(z, (p * w, c // blocks), order="C")
-        columns.append(prediction)
-    predictions = cp.hstack(columns)  # (n a, c)
-
-    if np.issubdtype(targets.dtype, np.floating):
-        data = cp.sum_squares(predictions - targets.reshape(-1, c)) / 2
+            designs.append(design.reshape(-1, p * w))
+            variables.append(cp.reshape(z, (p * w, c // blocks), order="C"))
+        design, variable = np.hstack(designs), cp.vstack(variables)
+        if squared:
+            # only what lies in the range of the design can be fitted: with A = QR, |AZ - Y|^2 = |RZ - Q'Y|^2 + |Y - QQ'Y|^2
+            values = np.split(targets.reshape(-1, c), blocks, axis=1)[b]
+            q, r = np.linalg.qr(design)
+            columns.append(cp.sum_squares(r @ variable - q.T @ values) / 2)
+            outside += np.sum((values - q @ (q.T @ values)) ** 2) / 2
+        else:
+            columns.append(design @ variable)
+    if squared:
+        data = sum(columns) + outside
     else:
-        labels = np.eye(c)[targets.reshape(-1)]
+        predictions, labels = cp.hstack(columns), np.eye(c)[targets.reshape(-1)]  # (n a, c)
         data = cp.sum(cp.log_sum_exp(predictions, axis=1)) - cp.sum(cp.multiply(labels, predictions))
     problem = cp.Problem(cp.Minimize(data / n + program.beta * penalty))
     problem.solve(**({"solver": cp.CLARABEL} | options))
