@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     folder = chosen.output or Path("_build/benchmarks") / ("quick" if chosen.quick else "")
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs start with SIGINT ignored
+        signal.signal(stop, signal.default_int_handler)
     entries = [p for name, p in problems(chosen.quick).items() if chosen.only is None or name in chosen.only]
     finished = []
     # the bar counts processes: one for the weight decay of each problem, one for each competitor

@@ -60,9 +60,6 @@ def certify(
         f"{head.activation!r}",
     )
 
-    if dual_point is not None:
-        rows = (program.operator.rows, program.mixer.outputs)
-        require(tuple(dual_point.shape) == rows, "dual_point", f"shape {rows}", dual_point)
     exact = program.in_double()
     head = copy.deepcopy(head).to(program.tokens.device, torch.float64)
     weights = [*head.parameters(), *head.buffers()]
@@ -74,6 +71,7 @@ def certify(
     primal = exact.data_loss(predictions) + exact.beta * float(decay)
     candidates = [exact.loss.gradient(predictions, exact.rows)]
     if dual_point is not None:
+        require(dual_point.shape == predictions.shape, "dual_point", f"shape {tuple(predictions.shape)}", dual_point)
         # a point made in single precision is feasible to its own rounding only
         candidates.append(exact.loss.to_domain(dual_point.to(predictions), exact.rows))
     norm = dual_norm if independent else ConvexProgram.dual_norm
