@@ -52,6 +52,9 @@ class ConvexProgram:
     Source: Sahiner et al. 2022, Theorem 3.1 and section 4; book, chapter "Self-attention".
     """
 
+    #: sums a tensor over the processes that hold samples; here there is one
+    reduce: OneProcess = ALONE
+
     def __init__(
         self,
         mixer: Mixer,
@@ -91,9 +94,6 @@ class ConvexProgram:
     def operator(self) -> LiftedOperator:
         """The lifted linear operator, built once."""
         return LiftedOperator(self.mixer, self.gates, self.tokens, self.pool == "mean", self.reduce)
-
-    #: sums a tensor over the processes that hold samples; here there is one
-    reduce: OneProcess = ALONE
 
     @functools.cached_property
     def factored(self) -> FactoredOperator:
@@ -188,9 +188,9 @@ class ConvexProgram:
         return self.adjoint(self.loss.gradient(predictions, self.rows)) / self.samples
 
     def adjoint(self, dual: Tensor) -> Tensor:
-        """(K, p, q) the adjoint of the lifted operator, applied to (rows, c), without forming the design tensor where that is large."""
-        operator = self.operator if self.operator.bytes <= LARGEST_DESIGN else self.factored
-        return (operator if dual.dtype == self.tokens.dtype else self.factored).adjoint(dual)
+        """(K, p, q) the adjoint of the lifted operator, applied to (rows, c); it uses the design tensor only where that is there already."""
+        formed = "designs" in vars(self.operator) and dual.dtype == self.tokens.dtype
+        return (self.operator if formed else self.factored).adjoint(dual)
 
     def beta_max(self) -> float:
         r"""The smallest beta whose solution is 0, :math:`\max_k \|\nabla_k F(0)\|_2`."""
