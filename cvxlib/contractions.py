@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class Contraction(abc.ABC):
     """The design tensors of some rows, for every gate of one block of a mixer."""
 
+    #: what it is called in a solution's account of its solver
+    name: ClassVar[str]
     #: number of rows
     rows: int
     #: floating point operations that the features of one head take
@@ -62,6 +64,8 @@ class Contraction(abc.ABC):
 @dataclass(frozen=True)
 class Design(Contraction):
     """The design tensor as it is, (rows, P, p, w)."""
+
+    name = "design tensor"
 
     tensor: Tensor
 
@@ -104,6 +108,7 @@ class Design(Contraction):
 class GramMatrices(Contraction):
     r"""Pooled linear attention, :math:`T_i = \bar x_i \otimes G_i`: mean queries (n, d) and :math:`G_i = K_i^\top R_i` (n, d, w)."""
 
+    name = "Gram matrices"
     queries: Tensor
     gram: Tensor
 
@@ -155,6 +160,7 @@ class MeanQueries(Contraction):
         values: (n, h, w).
     """
 
+    name = "gate-averaged queries"
     queries: Tensor
     keys: Tensor
     values: Tensor
@@ -240,6 +246,7 @@ class HiddenMatrices(Contraction):
         pooled: average over the output positions.
     """
 
+    name = "hidden matrices"
     mixer: Mixer
     tokens: Tensor
     masks: Tensor

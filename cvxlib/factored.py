@@ -6,7 +6,6 @@ a line they are a quadratic polynomial of the step, whose coefficients cost one 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -65,6 +64,11 @@ def _budget(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else MEMORY
 
 
+def _cost(part: Contraction) -> float:
+    """What the features of one head of many take, in operations."""
+    return part.flops + FLOPS_PER_BYTE * part.bytes / HEADS
+
+
 class FactoredOperator:
     r"""The bilinear map from factors to predictions, and its gradients.
 
@@ -100,12 +104,14 @@ class FactoredOperator:
         self.gate, self.block, self.rows, self.reduce = gate.cpu(), block.cpu(), rows, reduce
         self.dtype, self.device = dtype or tokens.dtype, tokens.device
         self.memory = _budget(self.device) if memory is None else memory
-        self._make, self.path, workspace, self.bytes, self.flops = self._choose()
+        self._make, part = self._choose()
+        #: operations for one head's features, and bytes that are kept, of one sample
+        self.flops, self.bytes = part.flops * mixer.blocks, part.bytes * mixer.blocks
         self.scale = 16 if self.device.type == "cuda" else 1
-        self.step = max(1, min(len(tokens), int(self.scale * WORKSPACE / (HEADS * workspace))))
+        self.step = max(1, min(len(tokens), int(self.scale * WORKSPACE / (HEADS * max(part.workspace, 1)))))
         self.stored = self.bytes * len(tokens) <= self.memory
-        if not self.stored:
-            self.path += ", computed in every pass"
+        #: which contraction it is, in words
+        self.path = part.name if self.stored else f"{part.name}, computed in every pass"
         self._parts: list[Part] | None = None
 
     @property
@@ -113,30 +119,16 @@ class FactoredOperator:
         """(K, p, q) of the lifted blocks."""
         return len(self.gate), self.mixer.p, self.mixer.q
 
-    def _choose(self) -> tuple[Callable[[Tensor, int], Contraction], str, float, float, float]:
-        """The contraction that takes least time, its name, workspace and memory per sample (bytes), and operations per head and sample."""
-        one, n, b = self._seen(self.tokens[:1])[0], len(self.tokens), self.mixer.blocks
+    def _choose(self) -> tuple[Callable[[Tensor, int], Contraction], Contraction]:
+        """The contraction that takes least time: how it is made, and that of one sample and block."""
+        one = self._seen(self.tokens[:1])[0]
         pooled = self._pooled(one, 0) if self.pooled else None
-        part = pooled if pooled is not None else self._hidden(one, 0)
-        name = re.sub(r"(?<!^)([A-Z])", r" \1", type(part).__name__).lower()
-        # a design tensor would have to be formed head by head in every pass, if it could not be kept
-        numbers = part.rows * self.mixer.p * self.mixer.width
-        size = numbers * self.activation.count * b * one.element_size()
-        if size * n <= self.memory and 2 * numbers + self._reading(size / b) < part.flops + self._reading(part.bytes):
-            return (
-                self._design,
-                "design tensor",
-                part.rows * self.mixer.width * one.element_size(),
-                size,
-                2.0 * numbers * b,
-            )
-        make = self._hidden if pooled is None else self._pooled
-        return make, name, max(part.workspace, 1.0), part.bytes * b, part.flops * b
-
-    @staticmethod
-    def _reading(size: float) -> float:
-        """The operations that reading so many bytes is worth, for one head of many."""
-        return FLOPS_PER_BYTE * size / HEADS
+        make, part = (self._hidden, self._hidden(one, 0)) if pooled is None else (self._pooled, pooled)
+        # only its shape counts; where it could not be kept it would have to be formed head by head in every pass
+        shape = (part.rows, self.activation.count, self.mixer.p, self.mixer.width)
+        design = Design(torch.empty(shape, dtype=self.dtype, device="meta"))
+        fits = design.bytes * len(self.tokens) * self.mixer.blocks <= self.memory
+        return (self._design, design) if fits and _cost(design) < _cost(part) else (make, part)
 
     # the parts
 
