@@ -66,9 +66,19 @@ class AxisMoments:
 
 
 class Preconditioner:
-    """An approximate inverse Hessian at given factors: a matrix per head for V, :class:`AxisMoments` for u."""
+    """An approximate inverse Hessian at given factors: a matrix per head for V, :class:`AxisMoments` for u; arguments as :func:`minimise`."""
 
-    def __init__(self, program, operator, moments, u, v, k, predictions, features) -> None:
+    def __init__(
+        self,
+        program: ConvexProgram,
+        operator: FactoredOperator,
+        moments: AxisMoments,
+        u: Tensor,
+        v: Tensor,
+        k: Tensor,
+        predictions: Tensor,
+        features: list[list[Tensor]] | None,
+    ) -> None:
         curvature = program.loss.curvature(predictions, program.rows).mean(1)  # (rows,)
         m, w, _ = v.shape
         grams = v.new_zeros(m, w, w)

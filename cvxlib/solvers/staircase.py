@@ -104,7 +104,7 @@ class _State:
             self.k = start.factors.block.cpu()
         self.f = self.operator.predictions(self.u, self.v, self.k)
         self.residual = program.loss.gradient(self.f, program.rows)
-        self.best, self.primal = self.factors(), self._objective(self.f, self.u, self.v)
+        self.best, self.primal = self.factors(), self._objective()
         self.dual, self.point = -float("inf"), torch.zeros_like(self.residual)
         self.directions: list[tuple[int, Tensor, Tensor]] = []
         self.evaluations, self.history = 1, []
@@ -121,13 +121,13 @@ class _State:
         mixer = self.program.mixer
         return Factors(self.u[order].reshape(-1, *mixer.shape), self.v[order], self.k.to(order.device)[order])
 
-    def _objective(self, f: Tensor, u: Tensor, v: Tensor) -> float:
-        (squares,) = self.program.reduce.agree(u.square().sum() + v.square().sum())
-        return self.program.data_loss(f) + self.program.beta / 2 * float(squares)
+    def _objective(self) -> float:
+        (squares,) = self.program.reduce.agree(self.u.square().sum() + self.v.square().sum())
+        return self.program.data_loss(self.f) + self.program.beta / 2 * float(squares)
 
     def _offer(self) -> None:
         """Keep the present heads if they are the best."""
-        value = self._objective(self.f, self.u, self.v)
+        value = self._objective()
         if value < self.primal:
             self.best, self.primal = self.factors(), value
 
