@@ -12,18 +12,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-_KEY = "cvxlib"
+#: of the header in a file's metadata
+KEY = "cvxlib"
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict) -> None:
     """Write tensors with a JSON header to a temporary name beside ``path``, and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         safetensors.torch.save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
             temporary,
-            metadata={_KEY: json.dumps(header)},
+            metadata={KEY: json.dumps(header)},
         )
         os.replace(temporary, path)
     finally:
@@ -34,7 +34,7 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
     """The tensors and the header of a file; ``ValueError`` if it is damaged or foreign."""
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as stream:
-            header = json.loads((stream.metadata() or {})[_KEY])
+            header = json.loads((stream.metadata() or {})[KEY])
             return {name: stream.get_tensor(name) for name in stream.keys()}, header
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or foreign ({error})") from None

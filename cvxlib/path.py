@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cvxlib._checkpoint import Checkpoint, Point
 from cvxlib._checks import float_tensor, instance, positive_float, positive_int, require
+from cvxlib._points import Point, Points
 from cvxlib.activations import GatedReLU
 from cvxlib.certify import certify, predict
 from cvxlib.lifting import require_alone
@@ -139,7 +139,7 @@ def path(
     if checkpoint is not None:
         instance("checkpoint", checkpoint, (str, os.PathLike), "the path of a folder, or None")
         options = {"betas": grid, "tol": tol, "solver": solver, "screen": screen}
-        folder = Checkpoint(File(checkpoint), program, options)
+        folder = Points(File(checkpoint), program, options)
     points = folder.read() if folder else []
     walk = _Walk(program, tol, solver, screen)
     bar = tqdm(

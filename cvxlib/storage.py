@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cvxlib._checks import FLOATS, instance, require, wrong_value
+from cvxlib._files import KEY, write_tensors
 from cvxlib.activations import Activation, GatedReLU, Linear, ReLU
 from cvxlib.heads import Head
 from cvxlib.lifting import require_alone
@@ -31,7 +32,6 @@ from cvxlib.solution import Certificate, Factors, Solution, Status
 
 #: the form of the files, raised when a file can no longer be read by what came before
 FORMAT = 1
-_KEY = "cvxlib"
 _WRITTEN_BY_US = "a whole file written by cvxlib.save"
 
 
@@ -55,17 +55,7 @@ def save(path: str | os.PathLike, value: Head | Solution) -> None:
     from cvxlib import __version__
 
     header = {"format": FORMAT, "version": __version__, **header}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        safetensors.torch.save_file(
-            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-            temporary,
-            metadata={_KEY: json.dumps(header)},
-        )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_tensors(Path(path), tensors, header)
 
 
 def load(
@@ -184,10 +174,10 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict, dict[str, Tenso
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise wrong_value(str(path), _WRITTEN_BY_US, f"a truncated or foreign one ({error})") from None
-    if _KEY not in metadata:
+    if KEY not in metadata:
         raise wrong_value(str(path), _WRITTEN_BY_US, "a safetensors file of another origin")
     try:
-        header = json.loads(metadata[_KEY])
+        header = json.loads(metadata[KEY])
     except (json.JSONDecodeError, RecursionError) as error:
         raise wrong_value(str(path), _WRITTEN_BY_US, f"one with a damaged header ({error})") from None
     if not isinstance(header, dict) or not isinstance(header.get("format"), int):

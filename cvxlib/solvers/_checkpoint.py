@@ -58,6 +58,7 @@ class Checkpoint:
 
     def write(self, tensors: dict[str, Tensor], **numbers: object) -> None:
         """Replace the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(self.path, tensors, {"fingerprint": self.fingerprint, **numbers})
         self._last = time.monotonic()
 

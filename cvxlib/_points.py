@@ -23,7 +23,7 @@ class Point:
     solved: int
 
 
-class Checkpoint:
+class Points:
     """A folder with one file for each finished point, and the fingerprint of the call in each.
 
     The program's tokens are not written: they are in the caller's hands, and the fingerprint tells whether they are the same.
@@ -57,6 +57,7 @@ class Checkpoint:
         tensors = {"u": factors.u, "v": factors.v, "block": factors.block, "history": solution.history}
         if solution.certificate.dual_point is not None:
             tensors["dual_point"] = solution.certificate.dual_point
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_tensors(self.file(index), tensors, header)
 
     def read(self) -> list[Point]:
