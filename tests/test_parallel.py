@@ -51,7 +51,8 @@ def build(activation, pool, dtype=torch.float64, device="cpu", samples=61, fract
     else:
         targets = normal(samples, 4, 2, seed=2).to(tokens) + tokens.cumsum(1)[..., :2]
     program = cvxlib.ConvexProgram(mixer, gates, loss, tokens, targets, 1.0, pool)
-    return program.with_beta(fraction * program.beta_max())
+    # in float64, or a sum that rounds otherwise in another process would make it another program
+    return program.with_beta(fraction * program.double().beta_max())
 
 
 def share(program, processes):

@@ -1,20 +1,10 @@
-r"""More than one machine: the samples are shared out over processes, and everything else is done by each of them.
-
-A sum over samples is the sum of every process's part,
-
-.. math:: F(Z) = \frac1n \sum_{r} \sum_{i \in I_r} \ell(A_i(Z), y_i), \qquad A^*\rho = \sum_r A_{I_r}^* \rho_{I_r},
-
-so losses, gradients and the certificate's products are all-reduced, while factors, lifted blocks and every decision are the same on all
-processes. Each of them ends with the same certified solution, and with its own samples' rows of the dual point.
-
-``torchrun`` starts the processes. Losing one ends the others with an error within the timeout; a solve's checkpoint resumes it.
-"""
+"""The processes that share a program's samples: sums over them, what they agree on, and how the loss of one becomes an error."""
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
-import hashlib
 import os
 import signal
 import threading
@@ -29,14 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from cvxlib._checks import instance, positive_float, require, wrong_value
-from cvxlib.activations import Activation, GatedReLU, ReLU
+from cvxlib._checks import positive_float, require, wrong_value
 from cvxlib.lifting import OneProcess
-from cvxlib.losses import Loss
-from cvxlib.mixers import Mixer
-from cvxlib.programs import ConvexProgram
-
-__all__ = ["Processes", "ShardedProgram", "shard"]
 
 #: what torchrun, and most batch systems on request, tell every process
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -49,6 +33,12 @@ RETRY = timedelta(seconds=2)
 
 T = TypeVar("T")
 Array = TypeVar("Array", Tensor, np.ndarray)
+
+
+def _hang_up() -> None:
+    """Leave the process group, if that was not done before."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 class Processes(OneProcess):
@@ -103,6 +93,8 @@ class Processes(OneProcess):
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 store = self._renewed(store, rank)
             distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=self.timeout)
+            # while the interpreter is alive: gloo's threads may abort a process that ends with its group still there
+            atexit.register(_hang_up)
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {rank} of {size}: the other processes were not found within {self.timeout.total_seconds():g} s; "
@@ -273,8 +265,8 @@ class Processes(OneProcess):
         """Ranks that do not say within a few seconds that they have seen the failure too."""
         if self._store is None:
             return []
-        if distributed.is_initialized() and self.device.type == "cpu":
-            distributed.destroy_process_group()  # hang up, so that no process waits for this one until its timeout
+        if self.device.type == "cpu":
+            _hang_up()  # so that no process waits for this one until its timeout
         silent = [0] if self.rank else []
         try:
             self._store.set(f"cvxlib/failed/{self.rank}", "")
@@ -286,124 +278,3 @@ class Processes(OneProcess):
                 time.sleep(0.05)
         except RuntimeError:  # the store went down with the machine that kept it, rank 0's
             return silent
-
-
-@functools.cache
-def _everyone() -> Processes:
-    return Processes()
-
-
-class ShardedProgram(ConvexProgram):
-    r"""A convex program of which this process holds some of the samples, and others the rest.
-
-    Solvers and certificates take it as they take a :class:`cvxlib.ConvexProgram`; every process must make the same calls in the same order.
-
-    Args:
-        mixer: how tokens are mixed, the same on every process; so are all arguments but the next two.
-        activation: which gates pass.
-        loss: :class:`cvxlib.SquaredLoss` or :class:`cvxlib.CrossEntropy`.
-        tokens: (n_r, s, d) this process's samples.
-        targets: theirs.
-        beta: weight decay of the whole program.
-        pool: ``"mean"`` or ``None``.
-        processes: who holds the samples; by default all that were started.
-
-    Raises:
-        TypeError, ValueError: as :class:`cvxlib.ConvexProgram`, and a ``ValueError`` on every process if one of them was given bad
-            arguments or others than the rest; for ReLU, whose sign patterns depend on all samples.
-    """
-
-    def __init__(
-        self,
-        mixer: Mixer,
-        activation: Activation,
-        loss: Loss,
-        tokens: Tensor,
-        targets: Tensor,
-        beta: float,
-        pool: str | None = "mean",
-        processes: Processes | None = None,
-    ) -> None:
-        processes = processes or _everyone()
-
-        def words() -> dict[str, str]:
-            instance("processes", processes, Processes, "a Processes")
-            require(
-                not isinstance(activation, ReLU),
-                "activation",
-                "fixed gates; the sign patterns of a ReLU depend on all samples at once",
-                repr(activation),
-            )
-            super(ShardedProgram, self).__init__(mixer, activation, loss, tokens, targets, beta, pool)
-            return {
-                "mixer": repr(self.mixer),
-                "activation": repr(self.activation) + _digest(self.activation),
-                "loss": repr(self.loss),
-                "tokens": f"(n, {', '.join(map(str, self.tokens.shape[1:]))}) {self.tokens.dtype} on a {self.tokens.device.type}",
-                "beta": repr(self.beta),
-                "pool": repr(self.pool),
-            }
-
-        processes.require_same(words)
-        self.reduce = processes.holding(len(self.tokens))
-
-    @property
-    def samples(self) -> int:
-        """n, the number of samples of all processes."""
-        return sum(self.reduce.shares)
-
-    def relaxation(self) -> ShardedProgram:
-        """The same program without the cones, which only ReLU has: this one."""
-        return self
-
-    def double(self) -> ShardedProgram:
-        """The same program in float64, from the same tokens."""
-        if self.tokens.dtype == torch.float64:
-            return self
-        targets = self.targets.double() if self.targets.is_floating_point() else self.targets
-        return ShardedProgram(
-            self.mixer, self.activation, self.loss, self.tokens.double(), targets, self.beta, self.pool, self.reduce
-        )
-
-    def __repr__(self) -> str:
-        whole = super().__repr__().replace("ConvexProgram", "ShardedProgram").removesuffix(")")
-        return f"{whole}, rank {self.reduce.rank} of {self.reduce.size}, {self.samples} samples in all)"
-
-
-def shard(program: ConvexProgram, processes: Processes | None = None) -> ShardedProgram:
-    """This process's share of a program that every process has made from all the samples.
-
-    Where the samples do not fit into one memory, let every process read its own (or take ``processes.part`` of a memory map) and make a
-    :class:`ShardedProgram` of them.
-
-    Args:
-        program: the same program on every process; its samples beyond this process's share may be let go afterwards.
-        processes: who shares; by default all that were started.
-
-    Returns:
-        The program on this process's samples.
-
-    Raises:
-        ValueError: the programs differ, or there are fewer samples than processes.
-    """
-    instance("program", program, ConvexProgram, "a ConvexProgram")
-    processes = processes or _everyone()
-    processes.require_same(lambda: {"tokens": f"{program.samples} samples"})
-    return ShardedProgram(
-        program.mixer,
-        program.activation,
-        program.loss,
-        processes.part(program.tokens),
-        processes.part(program.targets),
-        program.beta,
-        program.pool,
-        processes,
-    )
-
-
-def _digest(activation: Activation) -> str:
-    """What the name of an activation does not say."""
-    if not isinstance(activation, GatedReLU):
-        return ""
-    directions = activation.directions.detach().double().cpu().contiguous().numpy()
-    return f" with digest {hashlib.blake2b(directions.data, digest_size=8).hexdigest()}"
