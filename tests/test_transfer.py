@@ -12,6 +12,7 @@ from cvxlib.vision import protocol as protocol_module
 from cvxlib.vision.digits import TokenSplit
 from cvxlib.vision.measures import logits_of, rank_of, top_k_accuracy
 from cvxlib.vision.protocol import Protocol, choose_rate
+from cvxlib.vision.ridge import ridge
 from cvxlib.vision.summary import gap, spread, summarise
 from cvxlib.vision.transfer import (
     CONVEX,
@@ -19,7 +20,6 @@ from cvxlib.vision.transfer import (
     Experiment,
     Rows,
     interleave,
-    ridge,
     run,
 )
 

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import cvxlib
@@ -29,11 +29,12 @@ from cvxlib.losses import CrossEntropy
 from cvxlib.mixers import FNO, MLP, BlockFNO, Mixer, MLPMixer, SelfAttention
 from cvxlib.programs import ConvexProgram
 from cvxlib.provenance import write_json
-from cvxlib.solution import Certificate, Status
+from cvxlib.solution import Status
 from cvxlib.solvers import solve
 from cvxlib.vision.digits import TokenSplit
 from cvxlib.vision.measures import logits_of, rank_of, top_k_accuracy
 from cvxlib.vision.protocol import Protocol, choose_rate
+from cvxlib.vision.ridge import ridge
 
 #: the heads, and the activations that each can have
 HEADS: dict[str, tuple[str, ...]] = {
@@ -227,43 +228,6 @@ def interleave(data: TokenSplit, blocks: int) -> TokenSplit:
     require(d % positive_int("blocks", blocks) == 0, "blocks", f"a divisor of the {d} features", blocks)
     order = torch.arange(d).reshape(-1, blocks).T.flatten()
     return dataclasses.replace(data, tokens=data.tokens[..., order], test_tokens=data.test_tokens[..., order])
-
-
-def ridge(program: ConvexProgram, max_iterations: int = 20_000) -> tuple[LinearHead, Certificate]:
-    r"""The optimal linear head :math:`f(X) = \bar x^\top W` with penalty :math:`\tfrac\beta2\|W\|^2`, by L-BFGS.
-
-    The objective :math:`J` is :math:`\beta`-strongly convex, which is its certificate: :math:`J(W) - \tfrac1{2\beta}\|\nabla J(W)\|^2 \le J^\star`.
-
-    Args:
-        program: a pooled program, for its loss, data and beta; its mixer and activation are not used.
-        max_iterations: of L-BFGS.
-
-    Returns:
-        The head and the interval that holds the optimum.
-    """
-    from scipy.optimize import minimize
-
-    require(program.pool == "mean", "program", "a pooled program", f"pool={program.pool!r}")
-    d, c, n = program.tokens.shape[2], program.mixer.outputs, program.samples
-    mean = program.tokens.double().mean(1)
-
-    def objective(w: Tensor) -> tuple[float, Tensor]:
-        predictions = mean @ w
-        value = float(program.loss.value(predictions, program.rows).mean()) + program.beta / 2 * float(w.square().sum())
-        return value, mean.T @ program.loss.gradient(predictions, program.rows) / n + program.beta * w
-
-    def flat(x) -> tuple[float, object]:
-        value, gradient = objective(torch.from_numpy(x).to(mean).reshape(d, c))
-        return value, gradient.flatten().cpu().numpy()
-
-    options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations, "ftol": 0.0, "gtol": 1e-10, "maxcor": 50}
-    found = minimize(
-        flat, torch.zeros(d * c, dtype=torch.float64).numpy(), jac=True, method="L-BFGS-B", options=options
-    )
-    head = LinearHead(d, c, dtype=torch.float64).to(mean.device)
-    head.weight.data = torch.from_numpy(found.x).to(mean).reshape(d, c)
-    value, gradient = objective(head.weight.data)
-    return head, Certificate(value, value - float(gradient.square().sum()) / (2 * program.beta))
 
 
 class Rows:
