@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cvxlib.lifting import ALONE
+from cvxlib.losses import SquaredLoss
 from cvxlib.programs import LARGEST_DESIGN, ConvexProgram
 
 #: largest Gram matrix that operator splitting is given to factor
@@ -29,11 +30,12 @@ class Cost:
 
 
 def splitting(program: ConvexProgram) -> Cost:
-    """Two products with the design tensor an iteration, one Gram matrix, one Cholesky factor."""
+    """An iteration's products with the design tensor (with second moments where the loss is squared), one Gram matrix, one Cholesky factor."""
     operator, size = program.operator, program.tokens.element_size()
     rows, k, p, w = operator.rows, *operator.shape[:2], program.mixer.width
     columns, side = k * p * w // program.mixer.blocks, gram_side(program)
-    iteration = 4.0 * rows * columns * program.mixer.outputs + 2.0 * side**2 * program.mixer.outputs
+    moments = isinstance(program.loss, SquaredLoss) and side == columns
+    iteration = (2.0 * side**2 + (0.0 if moments else 4.0 * rows * columns)) * program.mixer.outputs
     once = program.mixer.blocks * (2.0 * rows * columns * side + side**3 / 3)
     return Cost(ITERATIONS * iteration + once, operator.bytes + 2 * program.mixer.blocks * side**2 * size)
 

@@ -22,6 +22,7 @@ from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Certificate, Factors, Solution, Status
 from cvxlib.solvers import splitting
 from cvxlib.solvers._checkpoint import Checkpoint
+from cvxlib.solvers._finish import rounding
 from cvxlib.solvers.descent import AxisMoments, minimise
 
 DESCENT = 40, 160  # fewest and most steps of descent in a round
@@ -92,9 +93,7 @@ class _State:
         # a core need not be solved much better than what is outside it; rounds that gain little make it smaller
         self.core_gap = 1e-2
         self.core_operations = 0.0
-        # in single precision the audit has the last word on rounding
-        double = program.tokens.dtype == torch.float64
-        self.slack = None if double else 16 * torch.finfo(program.tokens.dtype).eps
+        self.slack = rounding(program.tokens.dtype)
         mixer, like = program.mixer, program.tokens
         if start is None:
             self.u, self.k = like.new_zeros(0, mixer.p), torch.zeros(0, dtype=torch.long)
