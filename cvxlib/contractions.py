@@ -63,7 +63,7 @@ class Contraction(abc.ABC):
 
 @dataclass(frozen=True)
 class Design(Contraction):
-    """The design tensor as it is, (rows, P, p, w)."""
+    """The design tensor itself, as (P, rows, w, p): features and their transpose are then one matrix product a gate."""
 
     name = "design tensor"
 
@@ -71,37 +71,42 @@ class Design(Contraction):
 
     @property
     def rows(self) -> int:
-        return len(self.tensor)
+        return self.tensor.shape[1]
 
     @property
     def flops(self) -> float:
-        return 2.0 * self.tensor[:, 0].numel()
+        return 2.0 * self.tensor[0].numel()
 
     @property
     def workspace(self) -> float:
-        return self.tensor[:, 0, 0].numel() * self.tensor.element_size()
+        return self.tensor[0, ..., 0].numel() * self.tensor.element_size()
 
     @property
     def bytes(self) -> int:
         return self.tensor.numel() * self.tensor.element_size()
 
     def features(self, u: Tensor, gate: Tensor) -> Tensor:
-        out = self.tensor.new_empty(len(self.tensor), len(u), self.tensor.shape[3])
+        _, n, w, _ = self.tensor.shape
+        out = self.tensor.new_empty(n, len(u), w)
         for g, heads in _by_gate(gate):
-            out[:, heads] = u[heads] @ self.tensor[:, g]
+            out[:, heads] = (u[heads] @ self.tensor[g].flatten(0, 1).mT).unflatten(1, (n, w)).movedim(0, 1)
         return out
 
     def transpose(self, weights: Tensor, gate: Tensor) -> Tensor:
-        out = self.tensor.new_empty(len(gate), self.tensor.shape[2])
+        out = self.tensor.new_empty(len(gate), self.tensor.shape[3])
         for g, heads in _by_gate(gate):
-            out[heads] = torch.einsum("npw,nmw->mp", self.tensor[:, g], weights[:, heads])
+            out[heads] = weights[:, heads].movedim(1, 0).flatten(1) @ self.tensor[g].flatten(0, 1)
         return out
 
     def design(self, gate: int) -> Tensor:
-        return self.tensor[:, gate]
+        return self.tensor[gate].mT
+
+    def adjoint(self, dual: Tensor, gates: list[int]) -> Tensor:
+        totals = [dual.mT @ self.tensor[g].flatten(1) for g in gates]  # (c, w p)
+        return torch.stack(totals).unflatten(2, self.tensor.shape[2:]).permute(0, 3, 2, 1)
 
     def split(self, step: int) -> list[Contraction]:
-        return [Design(part) for part in self.tensor.split(step)]
+        return [Design(part) for part in self.tensor.split(step, 1)]
 
 
 @dataclass(frozen=True)

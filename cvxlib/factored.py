@@ -14,8 +14,10 @@ from torch import Tensor
 
 from cvxlib.activations import Activation
 from cvxlib.contractions import Contraction, Design, HiddenMatrices
-from cvxlib.lifting import ALONE, OneProcess, block_design
+from cvxlib.lifting import block_design
 from cvxlib.mixers import Mixer
+from cvxlib.one_process import ALONE, OneProcess
+from cvxlib.operators import BlockOperator, CoreMap
 
 #: what contractions may keep in memory besides the tokens; what does not fit is computed again in every pass over the samples
 MEMORY = 2**30
@@ -33,40 +35,14 @@ class Part:
     blocks: tuple[Contraction, ...]
 
 
-@dataclass(frozen=True)
-class CoreOperator:
-    """The linear map from cores (K, R, R') to predictions (rows, c), and its adjoint.
-
-    Args:
-        tensor: (rows, c, K, R, R') the prediction of each entry of each core.
-        reduce: sums a tensor over all processes that hold samples.
-    """
-
-    tensor: Tensor
-    reduce: OneProcess = ALONE
-
-    @property
-    def designs(self) -> tuple[Tensor]:
-        """One design tensor, with a row for every entry of the predictions."""
-        return (self.tensor.flatten(0, 1),)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """(rows, c) predictions of cores (K, R, R')."""
-        return self.tensor.flatten(2) @ z.flatten()
-
-    def adjoint(self, dual: Tensor) -> Tensor:
-        """(K, R, R') the adjoint applied to (rows, c)."""
-        return self.reduce((dual.flatten() @ self.tensor.flatten(2).flatten(0, 1)).reshape(self.tensor.shape[2:]))
-
-
 def _budget(device: torch.device) -> float:
     """``MEMORY``, or a quarter of what a GPU has free."""
     return torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else MEMORY
 
 
 def _cost(part: Contraction) -> float:
-    """What the features of one head of many take, in operations."""
-    return part.flops + FLOPS_PER_BYTE * part.bytes / HEADS
+    """What the features of one head of many take, in operations: its workspace is its own, what is kept is read for all."""
+    return part.flops + FLOPS_PER_BYTE * (part.workspace + part.bytes / HEADS)
 
 
 class FactoredOperator:
@@ -125,7 +101,7 @@ class FactoredOperator:
         pooled = self._pooled(one, 0) if self.pooled else None
         make, part = (self._hidden, self._hidden(one, 0)) if pooled is None else (self._pooled, pooled)
         # only its shape counts; where it could not be kept it would have to be formed head by head in every pass
-        shape = (part.rows, self.activation.count, self.mixer.p, self.mixer.width)
+        shape = (self.activation.count, part.rows, self.mixer.width, self.mixer.p)
         design = Design(torch.empty(shape, dtype=self.dtype, device="meta"))
         fits = design.bytes * len(self.tokens) * self.mixer.blocks <= self.memory
         return (self._design, design) if fits and _cost(design) < _cost(part) else (make, part)
@@ -153,7 +129,8 @@ class FactoredOperator:
 
     def _design(self, seen: Tensor, b: int) -> Contraction:
         design = block_design(self.mixer, seen, self._masks(seen, b), self.pooled)
-        return Design(design if self.pooled else design.flatten(0, 1))
+        design = design if self.pooled else design.flatten(0, 1)  # (rows, P, p, w)
+        return Design(design.permute(1, 0, 3, 2).contiguous())
 
     def parts(self) -> Iterator[Part]:
         """The samples in parts, kept for the next pass where they fit in memory."""
@@ -235,20 +212,17 @@ class FactoredOperator:
                     start += piece.rows
         return self.reduce(total)
 
-    def core(self, left: Tensor, right: Tensor, k: Tensor) -> CoreOperator:
-        r"""The operator restricted to :math:`Z_k = P_k C_k Q_k^\top`, for left P (K', p, R) and right Q (K', q, R') of the blocks k (K',)."""
-        count, _, r = left.shape
-        u = left.mT.flatten(0, 1)
-        heads = k.repeat_interleave(r)
-        right = right.unflatten(1, (self.mixer.width, self.mixer.block_outputs))
-        out = torch.zeros(self.rows, self.mixer.outputs, count, r, right.shape[3], dtype=left.dtype, device=left.device)
-        columns = out.unflatten(1, (self.mixer.blocks, -1))
+    def core(self, left: Tensor, right: Tensor, k: Tensor) -> BlockOperator:
+        r"""The operator restricted to :math:`Z_k = P_k C_k Q_k^\top`, for left P (K', p, R) and right Q (K', q, R') of the ascending blocks k (K',)."""
+        r = left.shape[2]
+        heads, u = k.repeat_interleave(r), left.mT.flatten(0, 1)
+        mine = self.heads(k)
+        features = [left.new_empty(self.rows, len(m), r, self.mixer.width) for m in mine]
         for part in self.parts():
-            for b, phi in enumerate(self.features(part, u, heads)):
-                mine = (self.block[k] == b).nonzero().squeeze(1)
-                phi = phi.unflatten(1, (len(mine), r))
-                columns[part.rows, b][:, :, mine] = torch.einsum("nkaw,kwob->nokab", phi, right[mine])
-        return CoreOperator(out, self.reduce)
+            for kept, phi in zip(features, self.features(part, u, heads), strict=True):
+                kept[part.rows] = phi.unflatten(1, kept.shape[1:3])
+        right = right.mT.unflatten(2, (self.mixer.width, self.mixer.block_outputs))
+        return BlockOperator(tuple(CoreMap(phi, right[m]) for phi, m in zip(features, mine, strict=True)), self.reduce)
 
     def heads(self, k: Tensor) -> list[Tensor]:
         """For each of the mixer's blocks the heads that belong to it."""

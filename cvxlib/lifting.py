@@ -12,59 +12,17 @@ gradients are then matrix products.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from cvxlib._checks import require
 from cvxlib.activations import Activation
 from cvxlib.mixers import Mixer
+from cvxlib.one_process import ALONE, OneProcess
+from cvxlib.operators import BlockOperator, DesignMap
 
 CHUNK_BYTES = 128 * 2**20
-
-T = TypeVar("T")
-
-
-class OneProcess:
-    """What the processes that share a program's samples do together, when there is one (several: :mod:`cvxlib.parallel`)."""
-
-    rank, size = 0, 1
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """The sum of every process's tensor."""
-        return tensor
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """The rows of every process, one behind the other."""
-        return rows
-
-    def own(self, rows: Tensor) -> Tensor:
-        """This process's share of gathered rows."""
-        return rows
-
-    def first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, or the error that it makes instead."""
-        return make()
-
-    def agree(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The first process's tensors: replicated arithmetic may round differently elsewhere, and decisions must not differ."""
-        return tensors
-
-    def held(self) -> AbstractContextManager:
-        """A solve: Ctrl-C waits for the next :meth:`agree`, so that it stops every process at the same place."""
-        return nullcontext()
-
-
-ALONE = OneProcess()
-
-
-def require_alone(name: str, reduce: OneProcess) -> None:
-    """Raise the ``ValueError`` if other processes hold samples too."""
-    came = f"one that {reduce.size} processes share"
-    require(reduce is ALONE, name, "a program with all its samples in this process", came)
 
 
 def chunks(mixer: Mixer, tokens: Tensor, heads: int) -> Iterator[Tensor]:
@@ -99,7 +57,7 @@ def block_design(mixer: Mixer, tokens: Tensor, masks: Tensor, pooled: bool) -> T
     )
 
 
-class LiftedOperator:
+class LiftedOperator(BlockOperator):
     r"""The linear map from lifted blocks (K, p, q) to predictions (rows, c), and its adjoint.
 
     Gates that agree on all the data are one gate, and gates that never open are dropped (unless none ever does), so K may be less than
@@ -122,7 +80,6 @@ class LiftedOperator:
         self.gate = torch.tensor([g for gates in kept for g in gates], device=tokens.device)
         #: (K,) the mixer's block of each lifted block
         self.block = torch.tensor([b for b, gates in enumerate(kept) for _ in gates], device=tokens.device)
-        self.outputs = mixer.outputs
 
     @functools.cached_property
     def designs(self) -> tuple[Tensor, ...]:
@@ -135,6 +92,11 @@ class LiftedOperator:
                 parts.append(block_design(self.mixer, part, masks, self.pooled))
             designs.append(torch.cat(parts).flatten(0, 0 if self.pooled else 1))
         return tuple(designs)
+
+    @property
+    def maps(self) -> tuple[DesignMap, ...]:
+        """The maps of the mixer's blocks."""
+        return tuple(DesignMap(design, self.mixer.block_outputs) for design in self.designs)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -157,25 +119,6 @@ class LiftedOperator:
     def zeros(self) -> Tensor:
         """(K, p, q) the lifted zero."""
         return self.tokens.new_zeros(self.shape)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """(rows, c) predictions of lifted blocks (K, p, q)."""
-        counts = [design.shape[1] for design in self.designs]
-        columns = self.outputs // len(self.designs)
-        pairs = zip(self.designs, z.split(counts), strict=True)
-        return torch.cat([design.flatten(1) @ part.reshape(-1, columns) for design, part in pairs], 1)
-
-    def adjoint(self, dual: Tensor) -> Tensor:
-        """(K, p, q) the adjoint applied to (rows, c)."""
-        parts = dual.chunk(len(self.designs), 1)
-        return self.reduce(
-            torch.cat(
-                [
-                    (design.flatten(1).mT @ part).reshape(design.shape[1], design.shape[2], -1)
-                    for design, part in zip(self.designs, parts, strict=True)
-                ]
-            )
-        )
 
 
 def distinct_gates(

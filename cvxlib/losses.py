@@ -140,26 +140,31 @@ class CrossEntropy(Loss):
 
     def prox(self, point: Tensor, targets: Tensor, rho: float, start: Tensor | None = None) -> Tensor:
         # Newton's method, each row with its own step length; the Hessian is diagonal plus rank one
+        corner, eps = self._one_hot(targets, point), torch.finfo(point.dtype).eps
+
+        def at(f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Probabilities, gradient and value, from one pass of exponentials."""
+            below = f - f.amax(-1, keepdim=True)
+            p, away = below.exp(), f - point
+            total = p.sum(-1, keepdim=True)
+            value = total.log().squeeze(-1) - (corner * below).sum(-1) + rho / 2 * away.square().sum(-1)
+            p = p / total
+            return p, p - corner + rho * away, value
+
         f = point if start is None else start
-
-        def objective(f: Tensor) -> Tensor:
-            return self.value(f, targets) + rho / 2 * (f - point).square().sum(-1)
-
-        value = objective(f)
+        p, gradient, value = at(f)
+        small = 64 * eps * (1 + rho * point.abs().max())
         for _ in range(50):
-            gradient = self.gradient(f, targets) + rho * (f - point)
-            if bool(gradient.abs().max() <= 64 * torch.finfo(f.dtype).eps * (1 + rho * point.abs().max())):
+            if bool(gradient.abs().max() <= small):
                 break
-            p = torch.softmax(f, -1)
             along, share = gradient / (p + rho), p / (p + rho)
             tilt = (p * along).sum(-1, keepdim=True) / (1 - (p * share).sum(-1, keepdim=True))
             step = along + share * tilt
             slope = (gradient * step).sum(-1)
-            length = torch.ones_like(slope)
+            length, slack = torch.ones_like(slope), 8 * eps * (1 + value.abs())
             for _ in range(30):
                 trial = f - length.unsqueeze(-1) * step
-                trial_value = objective(trial)
-                slack = 8 * torch.finfo(f.dtype).eps * (1 + value.abs())
+                p, gradient, trial_value = at(trial)
                 short = trial_value > value - length * slope / 4 + slack
                 if not bool(short.any()):
                     break

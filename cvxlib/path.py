@@ -20,7 +20,7 @@ from cvxlib._checks import float_tensor, instance, positive_float, positive_int,
 from cvxlib._points import Point, Points
 from cvxlib.activations import GatedReLU
 from cvxlib.certify import certify, predict
-from cvxlib.lifting import require_alone
+from cvxlib.one_process import require_alone
 from cvxlib.programs import ConvexProgram
 from cvxlib.screening import GapSafeRule, move, restrict, separable
 from cvxlib.solution import Certificate, Factors, Solution, Status

@@ -15,10 +15,11 @@ from cvxlib.arrangements import lifted_rows, lifted_weights
 from cvxlib.cones import any_pattern_bound
 from cvxlib.factored import FactoredOperator
 from cvxlib.heads import Head
-from cvxlib.lifting import ALONE, LiftedOperator, OneProcess
+from cvxlib.lifting import LiftedOperator
 from cvxlib.losses import Loss
 from cvxlib.mixers import Mixer
 from cvxlib.norms import BlockConeNorm, BlockNuclearNorm
+from cvxlib.one_process import ALONE, OneProcess
 from cvxlib.solution import Certificate, Factors
 
 #: stacked data of a ReLU with more entries than this are not formed: then no lower bound but 0 is left

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from cvxlib._checks import instance, require
 from cvxlib.activations import GatedReLU
-from cvxlib.lifting import block_design, chunks, require_alone
+from cvxlib.lifting import block_design, chunks
 from cvxlib.mixers import Mixer
+from cvxlib.one_process import require_alone
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Certificate, Factors, Solution
 

@@ -24,9 +24,9 @@ from cvxlib._checks import FLOATS, instance, require, wrong_value
 from cvxlib._files import KEY, write_tensors
 from cvxlib.activations import Activation, GatedReLU, Linear, ReLU
 from cvxlib.heads import Head
-from cvxlib.lifting import require_alone
 from cvxlib.losses import Loss
 from cvxlib.mixers import Mixer
+from cvxlib.one_process import require_alone
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Certificate, Factors, Solution, Status
 

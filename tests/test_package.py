@@ -15,8 +15,8 @@ PACKAGE = ROOT / "cvxlib"
 
 #: the floors, lowest first; a module may import from its own floor and below
 FLOORS = [
-    {"_checks", "_files", "solution"},
-    {"contractions", "losses", "norms", "mixers", "activations", "arrangements", "cones"},
+    {"_checks", "_files", "solution", "one_process"},
+    {"contractions", "operators", "losses", "norms", "mixers", "activations", "arrangements", "cones"},
     {"lifting", "factored", "heads", "programs", "recovery", "certify", "baselines"},
     {"solvers"},
 ]

@@ -57,6 +57,10 @@ def test_every_contraction_is_the_lifted_operator(mixer, kind, pool):
         restricted = operator.core(left, right, torch.arange(blocks))
         assert torch.allclose(restricted.forward(core), lifted.forward(left @ core @ right.mT))
         assert torch.allclose(restricted.adjoint(dual), left.mT @ adjoint @ right)
+        for linear, point in ((restricted, core), (lifted, z)):
+            for part, mine in zip(linear.maps, linear.split(point), strict=True):
+                applied = (part.gram() @ mine.reshape(part.columns, part.copies)).reshape(mine.shape)
+                assert torch.allclose(applied, part.adjoint(part.forward(mine)))
         du, dv = family.normal(m, p, seed=6), family.normal(*v.shape, seed=7)
         first, second = operator.line(u, v, du, dv, k)
         moved = operator.predictions(u + 0.3 * du, v + 0.3 * dv, k)
@@ -226,7 +230,7 @@ def test_cuda_gives_the_same_certificate(gates):
 
 def test_cores_stay_within_their_memory(monkeypatch):
     program = attention(gates=2)
-    sizes = []
+    sizes: list[int] = []
     core = FactoredOperator.core
 
     def recorded(self, left, right, k):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, distributed
 
 from cvxlib._checks import positive_float, require, wrong_value
-from cvxlib.lifting import OneProcess
+from cvxlib.one_process import OneProcess
 
 #: what torchrun, and most batch systems on request, tell every process
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -6,16 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from cvxlib.lifting import ALONE
 from cvxlib.losses import SquaredLoss
+from cvxlib.one_process import ALONE
 from cvxlib.programs import LARGEST_DESIGN, ConvexProgram
 
 #: largest Gram matrix that operator splitting is given to factor
 LARGEST_GRAM = 8192
 #: iterations of splitting, and rounds, descent steps and core steps of the staircase, that a certified gap of 1e-3 usually takes
-ITERATIONS, ROUNDS, STEPS, CORE_STEPS, CORE_SIDE = 200, 5, 150, 100, 24
+ITERATIONS, ROUNDS, STEPS, CORE_STEPS = 200, 5, 150, 100
+#: heads of a core, and for every block at least
+CORE_HEADS, DIRECTIONS = 24, 4
 #: operator splitting is the more predictable of the two: it may take so many times the operations
-PATIENCE = 10
+PATIENCE = 4.5
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,15 @@ def staircase(program: ConvexProgram) -> Cost:
     operator, factored, size = program.operator, program.factored, program.tokens.element_size()
     rows, (k, p, q), outputs = operator.rows, operator.shape, program.mixer.outputs
     heads = max(2 * outputs, k)
-    columns = k * max(CORE_SIDE**2 // k, 4)
     descent = STEPS * 2.0 * factored.flops * len(program.tokens) * heads
-    cores = ROUNDS * CORE_STEPS * 4.0 * rows * outputs * columns
+    # a core's features, second moments and products, with a few directions for every block
+    side = max(CORE_HEADS, DIRECTIONS * k)
+    features, columns = side * program.mixer.width, side**2 // k
+    step = 4.0 * rows * features * program.mixer.block_outputs + 2.0 * columns**2
+    cores = ROUNDS * (CORE_STEPS * step + 2.0 * rows * features**2 / program.mixer.blocks + columns**3)
     gradients = 2 * ROUNDS * 2.0 * rows * k * p * q
     kept = min(factored.memory, factored.bytes * len(program.tokens))
-    return Cost(descent + cores + gradients, kept + rows * outputs * columns * size + k * p * q * size)
+    return Cost(descent + cores + gradients, kept + (rows * features + columns**2 + k * p * q) * size)
 
 
 def gram_side(program: ConvexProgram) -> int:

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cvxlib.factored import CoreOperator
-from cvxlib.lifting import ALONE, LiftedOperator, OneProcess
 from cvxlib.losses import SquaredLoss
 from cvxlib.norms import BlockNuclearNorm
+from cvxlib.one_process import ALONE, OneProcess
+from cvxlib.operators import BlockOperator
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Certificate, Solution, Status
 from cvxlib.solvers._checkpoint import Checkpoint
 from cvxlib.solvers._finish import finish, rounding
-from cvxlib.solvers.projections import Blocks, GraphProjection
+from cvxlib.solvers.projections import GraphProjection
 
 CHECK_EVERY = 10
 RELAXATION = 1.6
@@ -39,50 +39,51 @@ class GraphForm:
     r"""Any loss: :math:`\min F(f)` subject to :math:`f = AZ`, by turns of the loss's proximal point and the projection onto the graph.
 
     Args:
-        program: supplies loss, targets and beta.
+        program: supplies loss and targets.
         operator: A.
+        projections: onto the graphs of its maps.
         z: where to start.
         residual: (rows, c) the loss gradient that starts the multipliers.
-        weight: :math:`\rho_w`, the penalty on Z - W.
     """
 
     def __init__(
         self,
         program: ConvexProgram,
-        operator: LiftedOperator | CoreOperator,
+        operator: BlockOperator,
+        projections: list[GraphProjection],
         z: Tensor,
         residual: Tensor,
-        weight: float,
     ) -> None:
-        self.loss, self.rows, self.n, self.reduce = program.loss, program.rows, program.samples, operator.reduce
+        self.loss, self.rows, self.n = program.loss, program.rows, program.samples
+        self.operator, self.projections = operator, projections
         self.weight = PENALTY * self.loss.smoothness / self.n
-        self.az = self.f = operator.forward(z)
+        self.az = self.last = self.f = operator.forward(z)
         self.dual = -residual / (self.n * self.weight)
-        self.blocks = Blocks(operator)
-        ratio = weight / self.weight
-        self.projections = [GraphProjection(design, self.reduce, ratio) for design in self.blocks.designs]
+
+    def set_weight(self, weight: float) -> None:
+        r"""Take another penalty :math:`\rho_w` on Z - W."""
+        for projection in self.projections:
+            projection.set_ratio(weight / self.weight)
+
+    def balance(self) -> None:
+        """Better the penalty on f - A Z; the projections need :meth:`set_weight` again."""
+        scale = _balance(self.f - self.az, self.az - self.last, self.az, self.dual, self.operator.reduce)
+        self.weight, self.dual = self.weight * scale, self.dual / scale
 
     def __call__(self, w: Tensor) -> Tensor:
         """Z, for W plus its scaled multiplier."""
         self.f = self.loss.prox(self.az - self.dual, self.rows, self.n * self.weight, start=self.f)
         relaxed = RELAXATION * self.f + (1 - RELAXATION) * self.az
         self.last = self.az
-        targets, starts = self.blocks.outputs(relaxed + self.dual), self.blocks.matrices(w)
+        targets, starts = (relaxed + self.dual).chunk(len(self.projections), 1), self.operator.split(w)
         pairs = [project(*at) for project, *at in zip(self.projections, targets, starts, strict=True)]
-        self.az = torch.cat([az for az, _ in pairs], 1).reshape(relaxed.shape)
+        self.az = torch.cat([az for az, _ in pairs], 1)
         self.dual = self.dual + relaxed - self.az
-        return self.blocks.lifted((z for _, z in pairs), w)
+        return torch.cat([z for _, z in pairs])
 
     def predictions(self, z: Tensor) -> Tensor:
         """Predictions (rows, c) at which the loss gradient is a dual point."""
         return self.f
-
-    def balance(self, weight: float) -> None:
-        """Go on with another penalty on Z - W, and the better one on f - A Z."""
-        scale = _balance(self.f - self.az, self.az - self.last, self.az, self.dual, self.reduce)
-        self.weight, self.dual = self.weight * scale, self.dual / scale
-        for projection in self.projections:
-            projection.set_ratio(weight / self.weight)
 
 
 class LeastSquares:
@@ -91,29 +92,29 @@ class LeastSquares:
     Args:
         program: supplies the targets Y.
         operator: A.
-        weight: :math:`\rho_w`, the penalty on Z - W.
+        projections: onto the graphs of its maps.
     """
 
-    def __init__(self, program: ConvexProgram, operator: LiftedOperator | CoreOperator, weight: float) -> None:
-        self.operator, self.n = operator, program.samples
-        self.blocks = Blocks(operator)
-        self.projections = [GraphProjection(t, operator.reduce, self.n * weight) for t in self.blocks.designs]
-        targets = self.blocks.outputs(program.rows)
-        self.project = [projection.at(f) for projection, f in zip(self.projections, targets, strict=True)]
+    def __init__(self, program: ConvexProgram, operator: BlockOperator, projections: list[GraphProjection]) -> None:
+        self.operator, self.projections, self.n = operator, projections, program.samples
+        targets = program.rows.chunk(len(projections), 1)
+        self.project = [projection.at(y) for projection, y in zip(projections, targets, strict=True)]
+
+    def set_weight(self, weight: float) -> None:
+        r"""Take another penalty :math:`\rho_w` on Z - W."""
+        for projection in self.projections:
+            projection.set_ratio(self.n * weight)
+
+    def balance(self) -> None:
+        """There is no other penalty."""
 
     def __call__(self, w: Tensor) -> Tensor:
         """Z, for W plus its scaled multiplier."""
-        starts = self.blocks.matrices(w)
-        return self.blocks.lifted((project(start) for project, start in zip(self.project, starts, strict=True)), w)
+        return torch.cat([project(mine) for project, mine in zip(self.project, self.operator.split(w), strict=True)])
 
     def predictions(self, z: Tensor) -> Tensor:
         """Predictions (rows, c) at which the loss gradient is a dual point."""
         return self.operator.forward(z)
-
-    def balance(self, weight: float) -> None:
-        """Go on with another penalty on Z - W."""
-        for projection in self.projections:
-            projection.set_ratio(self.n * weight)
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,7 @@ class Iterate:
 
 
 @torch.no_grad()
-def iterates(
-    program: ConvexProgram, operator: LiftedOperator | CoreOperator, z: Tensor, residual: Tensor
-) -> Iterator[Iterate]:
+def iterates(program: ConvexProgram, operator: BlockOperator, z: Tensor, residual: Tensor) -> Iterator[Iterate]:
     r"""Operator splitting without end, from lifted blocks z and a residual (rows, c): every tenth iterate.
 
     Args:
@@ -139,13 +138,15 @@ def iterates(
     """
     n, reduce, norm = program.samples, operator.reduce, BlockNuclearNorm()
     # the penalty, from the loss's curvature and the size of the features; where no gate lets anything pass any penalty will do
-    size = max(float(reduce(design.square().sum())) for design in operator.designs)
-    size /= float(reduce(z.new_tensor(len(operator.designs[0]))))
+    projections = [GraphProjection(block, reduce) for block in operator.maps]
+    size = max(float(projection.gram.trace()) for projection in projections)
+    size /= float(reduce(z.new_tensor(operator.maps[0].rows)))
     weight = PENALTY * program.loss.smoothness / n * (0.02 * size or 1.0)
     if isinstance(program.loss, SquaredLoss):
-        fit = LeastSquares(program, operator, weight)
+        fit = LeastSquares(program, operator, projections)
     else:
-        fit = GraphForm(program, operator, z, residual, weight)
+        fit = GraphForm(program, operator, projections, z, residual)
+    fit.set_weight(weight)
     # the scaled multiplier of Z = W, from the residual that the start implies
     dual = operator.adjoint(residual) / (n * weight)
     count, next_balance = 0, 10
@@ -163,7 +164,8 @@ def iterates(
             next_balance *= 2
             scale = _balance(w - z, z - last, z, dual)
             weight, dual = weight * scale, dual / scale
-            fit.balance(weight)
+            fit.balance()
+            fit.set_weight(weight)
 
 
 @torch.no_grad()

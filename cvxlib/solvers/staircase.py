@@ -27,8 +27,9 @@ from cvxlib.solvers.descent import AxisMoments, minimise
 
 DESCENT = 40, 160  # fewest and most steps of descent in a round
 CORE_STEPS = 300  # steps of operator splitting on a core
-CORE_BYTES = 2**31  # of a core's design tensor: with more heads than that allows, a round adds one direction a block
-COLUMNS = 16  # new directions in a round, over all blocks, but at least two a block
+CORE_BYTES = 2**31  # of a core's features, and
+CORE_COLUMNS = 3000  # side of its Gram matrix: with more heads than these allow, a round adds one direction a block
+DIRECTIONS = 16, 8  # new directions in a round, over all blocks, but at least so many a block
 LARGEST_EIGEN = 1024  # side of a Gram matrix whose eigenvectors are all computed
 POWERS = 12  # of subspace iteration on a larger one
 NEAR = 0.9  # a singular value counts as violated from this fraction of beta on: it may become so
@@ -144,9 +145,9 @@ class _State:
     def solve_core(self, tol: float) -> None:
         """Solve the program on the span of the heads and of the violated directions."""
         program = self.program
-        budget = max(CORE_BYTES, self.operator.memory) / (self.residual.numel() * self.u.element_size())
-        (columns,) = program.reduce.agree(self.residual.new_tensor(budget))
-        directions = _fitting(self.k, self.directions, float(columns))
+        per_head = self.operator.rows * program.mixer.width * self.u.element_size()
+        (heads,) = program.reduce.agree(torch.tensor(max(CORE_BYTES, self.operator.memory) / per_head))
+        directions = _fitting(self.k, self.directions, float(heads))
         blocks, left, right, cores = program.reduce.agree(*_spans(self.u, self.v, self.k, directions))
         core = self.operator.core(left, right, blocks)
         best, value, dual = cores, float("inf"), -float("inf")
@@ -164,7 +165,7 @@ class _State:
                 break
             if count * splitting.CHECK_EVERY >= CORE_STEPS:
                 break
-        self.core_operations = 6.0 * count * splitting.CHECK_EVERY * core.tensor.numel()
+        self.core_operations = 3.0 * count * splitting.CHECK_EVERY * sum(part.flops for part in core.maps)
         a, sigma, b = torch.linalg.svd(best, full_matrices=False)
         slot, index = (sigma > 1e-6 * sigma.max()).nonzero(as_tuple=True)
         root = sigma[slot, index].sqrt().unsqueeze(1)
@@ -260,7 +261,7 @@ def violated(gradient: Tensor, beta: float) -> tuple[float, list[tuple[int, Tens
     """A bound on the largest singular value of gradients (K, p, q), and of every block its singular vectors near or above beta."""
     wide = gradient.shape[1] < gradient.shape[2]
     tall = gradient.mT if wide else gradient  # (K, long, short)
-    limit = max(2, COLUMNS // len(gradient))
+    limit = max(DIRECTIONS[0] // len(gradient), DIRECTIONS[1])
     tops = [_top_singular(matrix, limit) for matrix in tall]
     bound, directions = max(largest for _, _, largest in tops), []
     for k, (matrix, (sigma, vectors, _)) in enumerate(zip(tall, tops, strict=True)):
@@ -292,13 +293,11 @@ def _top_singular(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
     return sigma, vectors.to(matrix), bound
 
 
-def _fitting(
-    k: Tensor, directions: list[tuple[int, Tensor, Tensor]], columns: float
-) -> list[tuple[int, Tensor, Tensor]]:
-    """The largest of the directions, as many a block (and at least one) as leave a core with so many columns."""
-    blocks = set(k.tolist()) | {block for block, _, _ in directions}
-    heads = int(torch.bincount(k).max()) if len(k) else 0
-    room = max(1, int((columns / len(blocks)) ** 0.5) - heads) if blocks else 1
+def _fitting(k: Tensor, directions: list[tuple[int, Tensor, Tensor]], heads: float) -> list[tuple[int, Tensor, Tensor]]:
+    """The largest of the directions, as many a block (and at least one) as leave a core with so many heads, and a Gram matrix to factor."""
+    count = max(1, len(set(k.tolist()) | {block for block, _, _ in directions}))
+    present = int(torch.bincount(k).max()) if len(k) else 0
+    room = max(1, int(min(heads / count, (CORE_COLUMNS / count) ** 0.5)) - present)
     return [(block, left[:, -room:], right[:, -room:]) for block, left, right in directions]
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from cvxlib._checks import instance, positive_float, positive_int, require
 from cvxlib.certify import predict
 from cvxlib.heads import Head
-from cvxlib.lifting import require_alone
+from cvxlib.one_process import require_alone
 from cvxlib.programs import ConvexProgram
 
 
