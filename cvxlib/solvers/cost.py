@@ -14,10 +14,10 @@ from cvxlib.programs import LARGEST_DESIGN, ConvexProgram
 LARGEST_GRAM = 8192
 #: iterations of splitting, and rounds, descent steps and core steps of the staircase, that a certified gap of 1e-3 usually takes
 ITERATIONS, ROUNDS, STEPS, CORE_STEPS = 200, 5, 150, 100
-#: heads of a core, and for every block at least
-CORE_HEADS, DIRECTIONS = 24, 4
+#: heads of a solution, and in a core for every block
+HEADS, DIRECTIONS = 24, 4
 #: operator splitting is the more predictable of the two: it may take so many times the operations
-PATIENCE = 4.5
+PATIENCE = 3.75
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ def splitting(program: ConvexProgram) -> Cost:
 
 
 def staircase(program: ConvexProgram) -> Cost:
-    """Features and their transposes for about two heads an output (or one a block), cores, and a lifted gradient twice a round."""
+    """Features and their transposes for two dozen heads (or one a block), cores, and a lifted gradient twice a round."""
     operator, factored, size = program.operator, program.factored, program.tokens.element_size()
-    rows, (k, p, q), outputs = operator.rows, operator.shape, program.mixer.outputs
-    heads = max(2 * outputs, k)
+    rows, (k, p, q) = operator.rows, operator.shape
+    heads = max(HEADS, k)
     descent = STEPS * 2.0 * factored.flops * len(program.tokens) * heads
     # a core's features, second moments and products, with a few directions for every block
-    side = max(CORE_HEADS, DIRECTIONS * k)
+    side = max(HEADS, DIRECTIONS * k)
     features, columns = side * program.mixer.width, side**2 // k
     step = 4.0 * rows * features * program.mixer.block_outputs + 2.0 * columns**2
     cores = ROUNDS * (CORE_STEPS * step + 2.0 * rows * features**2 / program.mixer.blocks + columns**3)

@@ -46,6 +46,9 @@ class GraphForm:
         residual: (rows, c) the loss gradient that starts the multipliers.
     """
 
+    #: the first penalty on Z - W, in units of the penalty on predictions and of the features' squares
+    ridge = 0.02
+
     def __init__(
         self,
         program: ConvexProgram,
@@ -95,6 +98,8 @@ class LeastSquares:
         projections: onto the graphs of its maps.
     """
 
+    ridge = 1.0
+
     def __init__(self, program: ConvexProgram, operator: BlockOperator, projections: list[GraphProjection]) -> None:
         self.operator, self.projections, self.n = operator, projections, program.samples
         targets = program.rows.chunk(len(projections), 1)
@@ -137,15 +142,15 @@ def iterates(program: ConvexProgram, operator: BlockOperator, z: Tensor, residua
         residual: the loss gradient that starts the multipliers.
     """
     n, reduce, norm = program.samples, operator.reduce, BlockNuclearNorm()
-    # the penalty, from the loss's curvature and the size of the features; where no gate lets anything pass any penalty will do
     projections = [GraphProjection(block, reduce) for block in operator.maps]
-    size = max(float(projection.gram.trace()) for projection in projections)
-    size /= float(reduce(z.new_tensor(operator.maps[0].rows)))
-    weight = PENALTY * program.loss.smoothness / n * (0.02 * size or 1.0)
     if isinstance(program.loss, SquaredLoss):
         fit = LeastSquares(program, operator, projections)
     else:
         fit = GraphForm(program, operator, projections, z, residual)
+    # the penalty, from the loss's curvature and the size of the features; where no gate lets anything pass any penalty will do
+    size = max(float(projection.gram.trace()) for projection in projections)
+    size /= float(reduce(z.new_tensor(operator.maps[0].rows)))
+    weight = PENALTY * program.loss.smoothness / n * (fit.ridge * size or 1.0)
     fit.set_weight(weight)
     # the scaled multiplier of Z = W, from the residual that the start implies
     dual = operator.adjoint(residual) / (n * weight)
