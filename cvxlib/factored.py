@@ -6,6 +6,7 @@ a line they are a quadratic polynomial of the step, whose coefficients cost one 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -105,6 +106,16 @@ class FactoredOperator:
         design = Design(torch.empty(shape, dtype=self.dtype, device="meta"))
         fits = design.bytes * len(self.tokens) * self.mixer.blocks <= self.memory
         return (self._design, design) if fits and _cost(design) < _cost(part) else (make, part)
+
+    def every_way(self) -> Iterator[FactoredOperator]:
+        """The same operator by each contraction that the mixer has, whatever it takes."""
+        one = self._seen(self.tokens[:1])[0]
+        for make in (self._hidden, self._design, self._pooled if self.pooled else None):
+            part = make and make(one, 0)
+            if part is not None:
+                other = copy.copy(self)
+                other._make, other.path, other._parts = make, part.name, None
+                yield other
 
     # the parts
 

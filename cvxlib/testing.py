@@ -192,11 +192,12 @@ def check_adjoint(mixer: Mixer, tokens: Tensor) -> None:
             f"the lifted operator and its adjoint must satisfy <A(Z), R> = <Z, A*(R)>, "
             f"but give {left:.6g} and {right:.6g} ({_case(program)})",
         )
-        _expect(
-            _close(program.factored.adjoint(dual), adjoint),
-            f"{program.factored.path} must give the adjoint of the lifted operator, but do not ({_case(program)}): "
-            "pooled is not the mean of the gated hidden matrices times the values",
-        )
+        for contracted in program.factored.every_way():
+            _expect(
+                _close(contracted.adjoint(dual), adjoint),
+                f"{contracted.path} must give the adjoint of the lifted operator, but do not ({_case(program)}): "
+                "pooled is not the mean of the gated hidden matrices times the values",
+            )
         per_sample = dual.reshape(program.samples, -1, mixer.outputs)
         for b, seen in enumerate(mixer.split(program.tokens)):
             columns = slice(b * mixer.block_outputs, (b + 1) * mixer.block_outputs)

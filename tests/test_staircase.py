@@ -17,23 +17,20 @@ CASES = [(mixer, kind, pool) for mixer in family.MIXERS for kind in ("linear", "
 def operators(program):
     """The factored operator by every contraction that the program allows, kept and computed in every pass."""
     operator = program.operator
-    for make in ("_hidden", "_design", "_pooled"):
-        for memory in (2**30, 0):
-            built = FactoredOperator(
-                program.mixer,
-                program.gates,
-                program.tokens,
-                program.pool == "mean",
-                operator.gate,
-                operator.block,
-                operator.rows,
-                memory=memory,
-            )
-            seen = program.mixer.split(program.tokens[:1])[0]
-            if make == "_pooled" and (program.pool is None or built._pooled(seen, 0) is None):
-                continue
-            built._make, built.step = getattr(built, make), 4
-            yield built
+    for memory in (2**30, 0):
+        built = FactoredOperator(
+            program.mixer,
+            program.gates,
+            program.tokens,
+            program.pool == "mean",
+            operator.gate,
+            operator.block,
+            operator.rows,
+            memory=memory,
+        )
+        for way in built.every_way():
+            way.step = 4
+            yield way
 
 
 @pytest.mark.parametrize("mixer, kind, pool", CASES, ids=lambda value: family.name(value))

@@ -27,7 +27,7 @@ from cvxlib.solvers.descent import AxisMoments, minimise
 
 DESCENT = 40, 160  # fewest and most steps of descent in a round
 CORE_STEPS = 300  # steps of operator splitting on a core
-CORE_BYTES = 2**31  # of a core's features, and
+CORE_BYTES = 2**31  # of a core's features, of their second moments, and
 CORE_COLUMNS = 3000  # side of its Gram matrix: with more heads than these allow, a round adds one direction a block
 DIRECTIONS = 16, 8  # new directions in a round, over all blocks, but at least so many a block
 LARGEST_EIGEN = 1024  # side of a Gram matrix whose eigenvectors are all computed
@@ -145,9 +145,10 @@ class _State:
     def solve_core(self, tol: float) -> None:
         """Solve the program on the span of the heads and of the violated directions."""
         program = self.program
-        per_head = self.operator.rows * program.mixer.width * self.u.element_size()
-        (heads,) = program.reduce.agree(torch.tensor(max(CORE_BYTES, self.operator.memory) / per_head))
-        directions = _fitting(self.k, self.directions, float(heads))
+        numbers = max(CORE_BYTES, self.operator.memory) / self.u.element_size()
+        room = min(numbers / self.operator.rows, numbers**0.5) / program.mixer.width
+        (room,) = program.reduce.agree(torch.tensor(room))
+        directions = _fitting(self.k, self.directions, float(room))
         blocks, left, right, cores = program.reduce.agree(*_spans(self.u, self.v, self.k, directions))
         core = self.operator.core(left, right, blocks)
         best, value, dual = cores, float("inf"), -float("inf")
