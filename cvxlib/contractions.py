@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from cvxlib.mixers import Mixer
 
 
+#: bytes of intermediate results; a GPU takes 16 times as many at once, to be busy
+WORKSPACE = 32 * 2**20
+
+
+def largest_workspace(device: torch.device) -> float:
+    """The bytes that intermediate results may need at once."""
+    return WORKSPACE * (16 if device.type == "cuda" else 1)
+
+
 class Contraction(abc.ABC):
     """The design tensors of some rows, for every gate of one block of a mixer."""
 
@@ -48,8 +57,16 @@ class Contraction(abc.ABC):
 
     def adjoint(self, dual: Tensor, gates: list[int]) -> Tensor:
         r"""(P', p, w, c) :math:`\sum_i T_{i,g} \otimes \rho_i` for dual (rows, c) and each of P' gates."""
-        designs = map(self.design, gates)
-        return torch.stack([(design.flatten(1).mT @ dual).unflatten(0, design.shape[1:]) for design in designs])
+        design = self.split(1)[0].design(gates[0])
+        total = design.new_zeros(len(gates), design[0].numel(), dual.shape[1])
+        step = max(1, int(largest_workspace(design.device) / (len(design) * design[0].numel() * design.element_size())))
+        start = 0
+        for part in self.split(step):
+            rho = dual[start : start + part.rows]
+            for slot, gate in enumerate(gates):
+                total[slot].addmm_(part.design(gate).flatten(1).mT, rho)
+            start += part.rows
+        return total.unflatten(1, design.shape[1:])
 
     @abc.abstractmethod
     def split(self, step: int) -> list[Contraction]:
@@ -147,9 +164,12 @@ class GramMatrices(Contraction):
 
     def adjoint(self, dual: Tensor, gates: list[int]) -> Tensor:
         d, c = self.queries.shape[1], dual.shape[1]
-        pairs = (self.queries.unsqueeze(2) * dual.unsqueeze(1)).flatten(1)  # (n, d c)
-        total = (pairs.mT @ self.gram.flatten(1)).reshape(d, c, *self.gram.shape[1:])
-        return total.movedim(1, 3).flatten(0, 1).unsqueeze(0)
+        step = max(1, int(largest_workspace(dual.device) / (d * c * dual.element_size())))
+        total = dual.new_zeros(d * c, self.gram[0].numel())
+        for queries, gram, rho in zip(*(t.split(step) for t in (self.queries, self.gram, dual)), strict=True):
+            pairs = (queries.unsqueeze(2) * rho.unsqueeze(1)).flatten(1)  # (n, d c)
+            total.addmm_(pairs.mT, gram.flatten(1))
+        return total.reshape(d, c, *self.gram.shape[1:]).movedim(1, 3).flatten(0, 1).unsqueeze(0)
 
     def split(self, step: int) -> list[Contraction]:
         return [GramMatrices(*parts) for parts in zip(self.queries.split(step), self.gram.split(step), strict=True)]
@@ -211,21 +231,23 @@ class MeanQueries(Contraction):
     def adjoint(self, dual: Tensor, gates: list[int]) -> Tensor:
         # products of keys and values are the same for every gate, and symmetric where keys are values
         d, w = self.keys.shape[2], self.values.shape[2]
-        row, column = (
+        pairs = (
             torch.triu_indices(d, w)
             if self.keys is self.values
-            else torch.cartesian_prod(torch.arange(d), torch.arange(w)).mT
+            else torch.cartesian_prod(*map(torch.arange, (d, w))).mT
         )
-        step = max(1, int(2**25 / (len(gates) * d * len(row) * self.keys.element_size())))
-        total = self.keys.new_zeros(len(gates) * d * len(row), dual.shape[1])
-        queries = self.queries[gates]
-        for start in range(0, len(self.keys), step):
-            part = slice(start, start + step)
-            products = self.keys[part][:, :, row] * self.values[part][:, :, column]
-            means = queries[:, part].permute(1, 0, 3, 2).flatten(1, 2)  # (n, P' d, h)
-            total += (means @ products).flatten(1).mT @ dual[part]
-        total = total.unflatten(0, (len(gates), d, len(row)))
-        out = total.new_zeros(len(gates), d, d, w, dual.shape[1])
+        row, column = pairs.to(dual.device)
+        size = len(gates) * d * len(row)
+        step = max(1, int(largest_workspace(dual.device) / (size * dual.element_size())))
+        total = dual.new_zeros(dual.shape[1], size)
+        rows = (tensor.split(step) for tensor in (self.keys, self.values, dual))
+        for queries, keys, values, rho in zip(self.queries.split(step, 1), *rows, strict=True):
+            # features come first: whole rows are then gathered
+            products = keys.mT.contiguous().index_select(1, row) * values.mT.contiguous().index_select(1, column)
+            means = queries[gates].permute(1, 0, 3, 2).flatten(1, 2)  # (n, P' d, h)
+            total.addmm_(rho.mT, (means @ products.mT).flatten(1))
+        total = total.mT.unflatten(0, (len(gates), d, len(row)))
+        out = total.new_empty(len(gates), d, d, w, dual.shape[1])
         out[:, :, row, column] = total
         if self.keys is self.values:
             out[:, :, column, row] = total

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cvxlib.activations import Activation
-from cvxlib.contractions import Contraction, Design, HiddenMatrices
+from cvxlib.contractions import Contraction, Design, HiddenMatrices, largest_workspace
 from cvxlib.lifting import block_design
 from cvxlib.mixers import Mixer
 from cvxlib.one_process import ALONE, OneProcess
@@ -22,8 +22,8 @@ from cvxlib.operators import BlockOperator, CoreMap
 
 #: what contractions may keep in memory besides the tokens; what does not fit is computed again in every pass over the samples
 MEMORY = 2**30
-#: what one part's features may need while they are computed, for this many heads
-WORKSPACE, HEADS = 32 * 2**20, 16
+#: heads whose features one part of the samples is made for
+HEADS = 16
 #: floating point operations that take as long as reading one byte
 FLOPS_PER_BYTE = 8
 
@@ -84,8 +84,7 @@ class FactoredOperator:
         self._make, part = self._choose()
         #: operations for one head's features, and bytes that are kept, of one sample
         self.flops, self.bytes = part.flops * mixer.blocks, part.bytes * mixer.blocks
-        self.scale = 16 if self.device.type == "cuda" else 1
-        self.step = max(1, min(len(tokens), int(self.scale * WORKSPACE / (HEADS * max(part.workspace, 1)))))
+        self.step = max(1, min(len(tokens), int(largest_workspace(self.device) / (HEADS * max(part.workspace, 1)))))
         self.stored = self.bytes * len(tokens) <= self.memory
         #: which contraction it is, in words
         self.path = part.name if self.stored else f"{part.name}, computed in every pass"
@@ -211,16 +210,11 @@ class FactoredOperator:
     def adjoint(self, dual: Tensor) -> Tensor:
         """(K, p, q) the adjoint of the lifted operator, applied to (rows, c)."""
         total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        per_sample = self.rows // len(self.tokens) * self.mixer.p * self.mixer.width * total.element_size()
-        step = max(1, int(4 * self.scale * WORKSPACE / per_sample))
         for part in self.parts():
             columns = dual[part.rows].chunk(self.mixer.blocks, 1)
-            for b, contraction in enumerate(part.blocks):
-                start, slots = 0, (self.block == b).nonzero().squeeze(1)
-                for piece in contraction.split(step):
-                    rho = columns[b][start : start + piece.rows]
-                    total[slots] += piece.adjoint(rho, self.gate[slots].tolist()).flatten(2)
-                    start += piece.rows
+            for b, (contraction, rho) in enumerate(zip(part.blocks, columns, strict=True)):
+                slots = (self.block == b).nonzero().squeeze(1)
+                total[slots] += contraction.adjoint(rho, self.gate[slots].tolist()).flatten(2)
         return self.reduce(total)
 
     def core(self, left: Tensor, right: Tensor, k: Tensor) -> BlockOperator:

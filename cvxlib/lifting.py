@@ -6,7 +6,7 @@ For gate g of block b, a mixer's two maps contract over the hidden axis to the d
    \qquad f(X)[a, o] = \sum_{g, p, w} T_g[a, (p, w)]\, Z_g[p, (w, o)],
 
 averaged over output positions a when the head is pooled. It is computed once, in chunks of samples; predictions and
-gradients are then matrix products.
+gradients are then matrix products. Where a prediction sees one hidden entry alone, gates only mask the rows of one design tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from cvxlib.activations import Activation
 from cvxlib.mixers import Mixer
 from cvxlib.one_process import ALONE, OneProcess
-from cvxlib.operators import BlockOperator, DesignMap
+from cvxlib.operators import BlockMap, BlockOperator, DesignMap, MaskedMap
 
 CHUNK_BYTES = 128 * 2**20
 
@@ -82,21 +82,33 @@ class LiftedOperator(BlockOperator):
         self.block = torch.tensor([b for b, gates in enumerate(kept) for _ in gates], device=tokens.device)
 
     @functools.cached_property
-    def designs(self) -> tuple[Tensor, ...]:
-        """For each of the mixer's blocks b the design tensor (rows, K_b, p, w) of its gates."""
-        designs = []
-        for b, seen in enumerate(self.mixer.split(self.tokens)):
-            kept, parts = self.gate[self.block == b], []
-            for part in chunks(self.mixer, seen, self.mixer.p + 2 * self.activation.count):
-                masks = self.activation.masks(self.mixer, part, b)[:, kept]
-                parts.append(block_design(self.mixer, part, masks, self.pooled))
-            designs.append(torch.cat(parts).flatten(0, 0 if self.pooled else 1))
-        return tuple(designs)
+    def maps(self) -> tuple[BlockMap, ...]:
+        """For each of the mixer's blocks its map, with the design tensor of its gates."""
+        return tuple(self._map(seen, b) for b, seen in enumerate(self.mixer.split(self.tokens)))
 
-    @property
-    def maps(self) -> tuple[DesignMap, ...]:
-        """The maps of the mixer's blocks."""
-        return tuple(DesignMap(design, self.mixer.block_outputs) for design in self.designs)
+    def _map(self, seen: Tensor, b: int) -> BlockMap:
+        kept, designs, gates = self.gate[self.block == b], [], []
+        for part in chunks(self.mixer, seen, self.mixer.p + 2 * self.activation.count):
+            masks = self.activation.masks(self.mixer, part, b)[:, kept]
+            if self.masked:
+                each = masks.expand(len(part), -1, self.rows // len(self.tokens), 1)
+                gates.append(each.squeeze(3).mT.flatten(0, 1).to(part.dtype))  # (rows, K_b)
+                masks = masks.new_ones(1, 1, 1, 1)
+            designs.append(block_design(self.mixer, part, masks, self.pooled))
+        design = torch.cat(designs).flatten(0, 0 if self.pooled else 1)  # (rows, K_b, p, w)
+        if self.masked:
+            return MaskedMap(design[:, 0], torch.cat(gates), self.mixer.block_outputs)
+        return DesignMap(design, self.mixer.block_outputs)
+
+    @functools.cached_property
+    def masked(self) -> bool:
+        """Whether gates only mask rows: then one design tensor serves them all."""
+        seen = self.mixer.split(self.tokens[:1])[0]
+        _, _, a, h = self.mixer.hidden(seen, seen.new_zeros(1, *self.mixer.shape)).shape
+        one = h == 1 and (a == 1 or not self.pooled)
+        return (
+            one and len(self.gate) > self.mixer.blocks and self.mixer.block_outputs <= self.mixer.p * self.mixer.width
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -105,8 +117,10 @@ class LiftedOperator(BlockOperator):
 
     @property
     def bytes(self) -> int:
-        """The size of the design tensors."""
-        return self.rows * len(self.gate) * self.mixer.p * self.mixer.width * self.tokens.element_size()
+        """The size of the design tensors, and of the gates where these only mask their rows."""
+        k, size = len(self.gate), self.mixer.p * self.mixer.width
+        numbers = self.mixer.blocks * size + k if self.masked else k * size
+        return self.rows * numbers * self.tokens.element_size()
 
     @functools.cached_property
     def rows(self) -> int:

@@ -12,6 +12,8 @@ from cvxlib.one_process import ALONE, OneProcess
 
 #: rows of a Gram matrix that are computed together
 STRIPE = 512
+#: products of rows and weights that are masked together
+PRODUCTS = 2**18
 
 
 class BlockMap(abc.ABC):
@@ -75,6 +77,64 @@ class DesignMap(BlockMap):
     def outer(self) -> Tensor:
         """(rows, rows) the map times its adjoint, for one output."""
         return gram(self.design.flatten(1))
+
+
+@dataclass(frozen=True)
+class MaskedMap(BlockMap):
+    r"""A design tensor whose rows the gates only mask, :math:`T_{i,k} = D_{ik} T_i`, applied to each of the outputs.
+
+    Args:
+        design: (rows, p, w) the rows T.
+        masks: (rows, K) the gates D, in the dtype of the design.
+        copies: number of outputs.
+    """
+
+    design: Tensor
+    masks: Tensor
+    copies: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.design)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        _, p, w = self.design.shape
+        return self.masks.shape[1], p, w * self.copies
+
+    @property
+    def columns(self) -> int:
+        return self.masks.shape[1] * self.design[0].numel()
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.rows * self.columns * self.copies
+
+    def forward(self, z: Tensor) -> Tensor:
+        weights = z.reshape(len(z), -1, self.copies).transpose(0, 1).flatten(1)  # (p w, K o)
+        parts = zip(self._parts(self.design.flatten(1)), self._parts(self.masks), strict=True)
+        return torch.cat([((t @ weights).unflatten(1, (len(z), -1)) * mask.unsqueeze(2)).sum(1) for t, mask in parts])
+
+    def adjoint(self, dual: Tensor) -> Tensor:
+        total = dual.new_zeros(self.design[0].numel(), self.masks.shape[1] * self.copies)
+        parts = (self._parts(tensor) for tensor in (self.design.flatten(1), self.masks, dual))
+        for t, mask, rho in zip(*parts, strict=True):
+            total.addmm_(t.mT, (mask.unsqueeze(2) * rho.unsqueeze(1)).flatten(1))
+        return total.unflatten(1, (-1, self.copies)).transpose(0, 1).reshape(self.shape)
+
+    def gram(self) -> Tensor:
+        total = self.design.new_zeros(self.columns, self.columns)
+        for t, mask in zip(self.design.split(self.columns), self.masks.split(self.columns), strict=True):
+            total += gram((mask.unsqueeze(2) * t.flatten(1).unsqueeze(1)).flatten(1).mT)
+        return total
+
+    def outer(self) -> Tensor:
+        """(rows, rows) the map times its adjoint, for one output."""
+        return gram(self.design.flatten(1)) * gram(self.masks)
+
+    def _parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Rows in parts whose masked products are few enough to stay in a cache."""
+        return tensor.split(max(1, PRODUCTS // (self.masks.shape[1] * self.copies)))
 
 
 @dataclass(frozen=True)

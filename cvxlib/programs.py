@@ -190,7 +190,7 @@ class ConvexProgram:
 
     def adjoint(self, dual: Tensor) -> Tensor:
         """(K, p, q) the adjoint of the lifted operator, applied to (rows, c); it uses the design tensor only where that is there already."""
-        formed = "designs" in vars(self.operator) and dual.dtype == self.tokens.dtype
+        formed = "maps" in vars(self.operator) and dual.dtype == self.tokens.dtype
         return (self.operator if formed else self.factored).adjoint(dual)
 
     def beta_max(self) -> float:

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import cvxlib
+from cvxlib.lifting import block_design
+from cvxlib.operators import DesignMap, MaskedMap
 
 N, S, D, C = 6, 3, 4, 2
 MIXER = cvxlib.SelfAttention(features=D, outputs=C)
@@ -125,3 +127,25 @@ def test_at_beta_max_zero_is_certified_exactly():
     assert abs(certificate.relative_gap) < 1e-8
     below = program.with_beta(0.9 * program.beta)
     assert below.certificate(below.operator.zeros()).relative_gap > 1e-4
+
+
+@pytest.mark.parametrize("mixer", [cvxlib.MLP(D, C), cvxlib.FNO(S, D, C)])
+def test_gates_that_mask_rows_share_one_design_tensor(mixer, monkeypatch):
+    monkeypatch.setattr("cvxlib.operators.PRODUCTS", 50)  # in several parts
+    gates = cvxlib.GatedReLU.sample(mixer, 3, seed=0)
+    program = make(mixer=mixer, activation=gates, targets=torch.arange(N * S).reshape(N, S) % C, pool=None)
+    operator, (mine,) = program.operator, program.operator.maps
+    design = block_design(mixer, program.tokens, gates.masks(mixer, program.tokens)[:, operator.gate], False)
+    full = DesignMap(design.flatten(0, 1), mixer.block_outputs)
+    assert isinstance(mine, MaskedMap) and mine.shape == full.shape == operator.shape
+    assert mine.masks.numel() + mine.design.numel() == operator.bytes // 8
+    z, rho = torch.randn(operator.shape, dtype=torch.float64), torch.randn(N * S, C, dtype=torch.float64)
+    torch.testing.assert_close(mine.forward(z), full.forward(z))
+    torch.testing.assert_close(mine.adjoint(rho), full.adjoint(rho))
+    torch.testing.assert_close(mine.gram(), full.gram())
+    torch.testing.assert_close(mine.outer(), full.outer())
+
+
+def test_gates_that_are_pooled_have_design_tensors_of_their_own():
+    gates = cvxlib.GatedReLU.sample(cvxlib.MLP(D, C), 3, seed=0)
+    assert isinstance(make(mixer=cvxlib.MLP(D, C), activation=gates).operator.maps[0], DesignMap)

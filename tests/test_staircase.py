@@ -123,7 +123,7 @@ def test_memory_makes_no_difference(gates, tmp_path, monkeypatch):
     file = tmp_path / "tokens.npy"
     numpy.save(file, program.tokens.numpy())
     monkeypatch.setattr("cvxlib.factored.MEMORY", 1000)
-    monkeypatch.setattr("cvxlib.factored.WORKSPACE", 2**18)
+    monkeypatch.setattr("cvxlib.contractions.WORKSPACE", 2**18)
     mapped = attention(gates=gates, tokens=torch.from_numpy(numpy.load(file, mmap_mode="r+")))
     assert not mapped.factored.stored and mapped.factored.step < 200
     streamed = cvxlib.solve(mapped, tol=1e-4, solver="staircase")

@@ -38,7 +38,9 @@ def splitting(program: ConvexProgram) -> Cost:
     columns, side = k * p * w // program.mixer.blocks, gram_side(program)
     moments = isinstance(program.loss, SquaredLoss) and side == columns
     iteration = (2.0 * side**2 + (0.0 if moments else 4.0 * rows * columns)) * program.mixer.outputs
-    once = program.mixer.blocks * (2.0 * rows * columns * side + side**3 / 3)
+    # gates that only mask rows do so in the Gram matrix of these too
+    seen = p * w + k // program.mixer.blocks if operator.masked and side == rows else columns
+    once = program.mixer.blocks * (2.0 * rows * seen * side + side**3 / 3)
     return Cost(ITERATIONS * iteration + once, operator.bytes + 2 * program.mixer.blocks * side**2 * size)
 
 
