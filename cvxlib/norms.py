@@ -12,6 +12,10 @@ from torch import Tensor
 from cvxlib.arrangements import hyperplanes
 from cvxlib.cones import NODES, Bounds, dual_norm, facets, nuclear_norm
 
+LARGEST_EIGEN = 1024  # side of a Gram matrix whose eigenvalues are all computed
+BLOCKS = 20  # of a Krylov space of a larger one, after the first
+CLOSE = 1e-7  # relative distance from its largest singular value at which the search for an upper bound starts
+
 
 class BlockNuclearNorm:
     r"""The sum of the nuclear norms of stacked blocks, :math:`N(Z) = \sum_k \|Z_k\|_*`.
@@ -28,12 +32,14 @@ class BlockNuclearNorm:
 
     @torch.no_grad()
     def dual(self, g: Tensor) -> Tensor:
-        r"""The dual norm :math:`\max_k \|G_k\|_2` of (K, p, q) blocks, a scalar."""
+        r"""The dual norm :math:`\max_k \|G_k\|_2` of (K, p, q) blocks, a scalar (from above, as :meth:`spectral`)."""
         return self.spectral(g).max()
 
     @torch.no_grad()
     def spectral(self, g: Tensor) -> Tensor:
-        """(K,) the largest singular value of each block."""
+        """(K,) the largest singular value of each block; where blocks are large a bound from above, by :func:`top_singular`."""
+        if min(g.shape[1:]) > LARGEST_EIGEN:
+            return torch.stack([g.new_tensor(top_singular(block, 16)[2]) for block in g])
         gram = g @ g.mT if g.shape[-2] < g.shape[-1] else g.mT @ g
         return torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt()
 
@@ -151,3 +157,51 @@ class BlockConeNorm:
             normals, basis = self._planes[self.block[k]]
             self._cones[k] = facets(np.sign(normals @ (basis @ self._directions[k]))[:, None] * normals)
         return self._cones[k]
+
+
+@torch.no_grad()
+def top_singular(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
+    """The largest singular values of a matrix, the singular vectors of its shorter side, and a bound on all singular values.
+
+    A block Krylov space bounds large matrices from below only; :math:`t^2 I - M^\\top M` has a Cholesky factor only if t bounds from above.
+
+    Args:
+        matrix: (p, q).
+        count: how many.
+
+    Returns:
+        (count,) singular values, ascending; (min(p, q), count) vectors; the bound. The first two are in float64 and the matrix's dtype.
+
+    Source: Musco and Musco 2015, Algorithm 2; book, chapter "The staircase".
+    """
+    tall = (matrix.mT if matrix.shape[0] < matrix.shape[1] else matrix).double()
+    gram = tall.mT @ tall
+    if len(gram) <= LARGEST_EIGEN:
+        squares, vectors = torch.linalg.eigh(gram)
+    else:
+        basis = _krylov(gram, count)
+        squares, rotation = torch.linalg.eigh(basis.mT @ gram @ basis)
+        vectors = basis @ rotation
+    sigma, vectors = squares[-count:].clamp(min=0).sqrt(), vectors[:, -count:].to(matrix)
+    largest = float(sigma[-1])
+    if len(gram) <= LARGEST_EIGEN or largest == 0:
+        return sigma, vectors, largest
+    excess = CLOSE
+    shifted = gram.neg_()
+    shifted.diagonal().add_((largest * (1 + excess)) ** 2)
+    while int(torch.linalg.cholesky_ex(shifted).info):
+        last, excess = excess, 2 * excess
+        shifted.diagonal().add_((largest * (1 + excess)) ** 2 - (largest * (1 + last)) ** 2)
+    return sigma, vectors, largest * (1 + excess)
+
+
+def _krylov(gram: Tensor, count: int) -> Tensor:
+    """(q, r) an orthonormal basis of the block Krylov space of a symmetric matrix."""
+    block = torch.randn(len(gram), count, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(gram)
+    basis = torch.linalg.qr(block)[0]
+    for _ in range(min(BLOCKS, len(gram) // count - 1)):
+        block = gram @ basis[:, -count:]
+        for _ in range(2):  # once leaves rounding behind
+            block = torch.linalg.qr(block - basis @ (basis.mT @ block))[0]
+        basis = torch.cat([basis, block], 1)
+    return basis

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cvxlib import BlockNuclearNorm
+from cvxlib.norms import top_singular
 
 NORM = BlockNuclearNorm()
 
@@ -47,3 +48,19 @@ def test_prox_at_a_large_threshold_is_zero():
     z = blocks(0)
     w, norm = NORM.prox(z, float(NORM.dual(z)))
     assert norm <= 1e-14 and w.abs().max() <= 1e-14
+
+
+def test_spectral_norms_of_large_blocks_are_bounds_from_above(monkeypatch):
+    """Also where the largest singular values are equal, as they are at an optimum, and where there are none."""
+    left, right = (torch.linalg.qr(blocks(seed, 1, 300, 200)[0])[0] for seed in (1, 2))
+    values = torch.linspace(2, 0, 200, dtype=torch.float64).clamp(max=1)
+    equal = left * values @ right[:200].mT
+    g = torch.stack([equal, blocks(3, 1, 300, 200)[0], torch.zeros_like(left)])
+    exact = torch.linalg.svdvals(g)[:, 0]
+    monkeypatch.setattr("cvxlib.norms.LARGEST_EIGEN", 100)
+    for stack in (g, g.mT):
+        bound = NORM.spectral(stack)
+        assert (bound >= exact).all() and (bound <= exact * (1 + 1e-4)).all()
+        sigma, vectors, _ = top_singular(stack[1], 3)
+        torch.testing.assert_close(vectors.mT @ vectors, torch.eye(3, dtype=torch.float64))
+        assert (sigma <= exact[1] * (1 + 1e-12)).all() and (sigma.diff() >= 0).all()

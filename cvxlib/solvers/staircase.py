@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cvxlib.norms import top_singular
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Certificate, Factors, Solution, Status
 from cvxlib.solvers import splitting
@@ -30,8 +31,6 @@ CORE_STEPS = 300  # steps of operator splitting on a core
 CORE_BYTES = 2**31  # of a core's features, of their second moments, and
 CORE_COLUMNS = 3000  # side of its Gram matrix: with more heads than these allow, a round adds one direction a block
 DIRECTIONS = 16, 8  # new directions in a round, over all blocks, but at least so many a block
-LARGEST_EIGEN = 1024  # side of a Gram matrix whose eigenvectors are all computed
-POWERS = 12  # of subspace iteration on a larger one
 NEAR = 0.9  # a singular value counts as violated from this fraction of beta on: it may become so
 
 
@@ -263,7 +262,7 @@ def violated(gradient: Tensor, beta: float) -> tuple[float, list[tuple[int, Tens
     wide = gradient.shape[1] < gradient.shape[2]
     tall = gradient.mT if wide else gradient  # (K, long, short)
     limit = max(DIRECTIONS[0] // len(gradient), DIRECTIONS[1])
-    tops = [_top_singular(matrix, limit) for matrix in tall]
+    tops = [top_singular(matrix, limit) for matrix in tall]
     bound, directions = max(largest for _, _, largest in tops), []
     for k, (matrix, (sigma, vectors, _)) in enumerate(zip(tall, tops, strict=True)):
         keep = sigma > NEAR * min(beta, bound)
@@ -272,26 +271,6 @@ def violated(gradient: Tensor, beta: float) -> tuple[float, list[tuple[int, Tens
             long = torch.linalg.qr(matrix @ short)[0]
             directions.append((k, short, long) if wide else (k, long, short))
     return bound, directions
-
-
-def _top_singular(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
-    """The largest singular values of a tall matrix, their right singular vectors, and a bound on all of them."""
-    gram = matrix.double().mT @ matrix.double()
-    size = len(gram)
-    if size <= LARGEST_EIGEN:
-        squares, vectors = torch.linalg.eigh(gram)
-        sigma, vectors = squares[-count:].clamp(min=0).sqrt(), vectors[:, -count:]
-        return sigma, vectors.to(matrix), float(sigma[-1])
-    block = torch.randn(size, 2 * count, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(gram)
-    for _ in range(POWERS):
-        block = torch.linalg.qr(gram @ block)[0]
-    squares, rotation = torch.linalg.eigh(block.mT @ gram @ block)
-    sigma, vectors = squares[-count:].clamp(min=0).sqrt(), (block @ rotation)[:, -count:]
-    # subspace iteration bounds from below; t^2 I - G has a Cholesky factor only if t bounds from above
-    bound = float(sigma[-1]) * (1 + 1e-5)
-    while int(torch.linalg.cholesky_ex(bound**2 * torch.eye(size).to(gram) - gram).info):
-        bound *= 1 + 1e-4
-    return sigma, vectors.to(matrix), bound
 
 
 def _fitting(k: Tensor, directions: list[tuple[int, Tensor, Tensor]], heads: float) -> list[tuple[int, Tensor, Tensor]]:
