@@ -10,10 +10,26 @@ from cvxlib.programs import ConvexProgram
 from cvxlib.recovery import factor
 from cvxlib.solution import Certificate, Factors, Solution, Status
 
+#: evaluations that single precision has in any case
+PATIENCE = 1000
+
 
 def rounding(dtype: torch.dtype) -> float | None:
     """The slack of dual bounds during a solve: in single precision a small one, because the audit has the last word."""
     return None if dtype == torch.float64 else 16 * torch.finfo(dtype).eps
+
+
+class Stall:
+    """Whether single precision has come as far as it can: the second half of many evaluations has brought nothing."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.exact, self.gap, self.evaluations = dtype == torch.float64, float("inf"), 0
+
+    def __call__(self, gap: float, evaluations: int) -> bool:
+        """Whether to give up, at a relative gap after so many evaluations."""
+        if gap < 0.99 * self.gap:
+            self.gap, self.evaluations = gap, evaluations
+        return not self.exact and evaluations > max(PATIENCE, 2 * self.evaluations)
 
 
 def finish(
@@ -33,7 +49,7 @@ def finish(
         certificate = certify(program, program.head(factors), certificate.dual_point)
         if status is Status.CERTIFIED and certificate.relative_gap > tol:
             status = Status.STALLED
-        elif status is Status.ITERATION_LIMIT and certificate.relative_gap <= tol:
+        elif status in (Status.ITERATION_LIMIT, Status.STALLED) and certificate.relative_gap <= tol:
             status = Status.CERTIFIED
     return Solution(
         program=program,

@@ -27,7 +27,7 @@ from cvxlib.operators import BlockOperator
 from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Certificate, Solution, Status
 from cvxlib.solvers._checkpoint import Checkpoint
-from cvxlib.solvers._finish import finish, rounding
+from cvxlib.solvers._finish import Stall, finish, rounding
 from cvxlib.solvers.projections import GraphProjection
 
 CHECK_EVERY = 10
@@ -205,7 +205,7 @@ def solve(
         certificate = Certificate(value, best_dual, best_point, best.dtype)
         return finish(program, best, certificate, status, name, evaluations, history, tol)
 
-    steps, aim, solution = iterates(program, operator, best, residual), tol, None
+    steps, aim, solution, stalled = iterates(program, operator, best, residual), tol, None, Stall(best.dtype)
     bar = tqdm(
         total=max_iterations, desc="operator splitting", disable=None if progress is None else not progress, delay=1
     )
@@ -218,6 +218,9 @@ def solve(
                 if solution.status is Status.CERTIFIED or aim < torch.finfo(best.dtype).eps:
                     break
                 aim /= 2  # double precision finds the gap a little wider
+            if stalled(gap, evaluations):
+                solution = finished(Status.STALLED)
+                break
             if evaluations >= max_iterations:
                 solution = finished(Status.ITERATION_LIMIT)
                 break

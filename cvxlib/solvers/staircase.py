@@ -23,7 +23,7 @@ from cvxlib.programs import ConvexProgram
 from cvxlib.solution import Certificate, Factors, Solution, Status
 from cvxlib.solvers import splitting
 from cvxlib.solvers._checkpoint import Checkpoint
-from cvxlib.solvers._finish import rounding
+from cvxlib.solvers._finish import Stall, rounding
 from cvxlib.solvers.descent import AxisMoments, minimise
 
 DESCENT = 40, 160  # fewest and most steps of descent in a round
@@ -50,7 +50,7 @@ def solve(
     if saved:
         state.restore(*saved)
     bar = tqdm(total=max_iterations, desc="staircase", disable=None if progress is None else not progress, delay=1)
-    status, aim = Status.ITERATION_LIMIT, tol
+    status, aim, stalled = Status.ITERATION_LIMIT, tol, Stall(program.tokens.dtype)
     try:
         if not saved:
             state.certify()
@@ -65,6 +65,9 @@ def solve(
                 if aim < torch.finfo(program.tokens.dtype).eps:
                     status = Status.STALLED
                     break
+            if stalled(state.gap, state.evaluations):
+                status = Status.CERTIFIED if state.audit().relative_gap <= tol else Status.STALLED
+                break
             if state.evaluations >= max_iterations:
                 break
             last = state.gap
