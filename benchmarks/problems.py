@@ -164,9 +164,9 @@ def growth(base: Mapping, axes: Mapping[str, tuple], tol: float) -> tuple[Compet
     )
 
 
-#: sizes that grow one at a time; gates grow on a base of their own
+#: sizes that grow one at a time, samples from where they outweigh what does not depend on them; gates grow on a base of their own
 GROWTH = {
-    "n": (4_000, 8_000, 16_000, 32_000, 64_000),
+    "n": (8_000, 16_000, 32_000, 64_000, 128_000),
     "s": (8, 16, 32, 64, 128),
     "d": (8, 12, 16, 24, 32),
     "c": (4, 8, 16, 32, 64),
