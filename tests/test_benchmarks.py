@@ -178,3 +178,12 @@ def test_the_readme_quotes_the_results_that_are_kept(start, problem, bar):
         ours = values.pop("ours")
         excess = 100 * (min(value for name, value in values.items() if "AdamW" in name) / ours - 1)
         assert float(higher[1]) == float(f"{excess:.{len(higher[1].partition('.')[2])}f}")
+
+
+def test_the_readme_quotes_the_growth_that_is_kept():
+    kept = json.loads((ROOT / "benchmarks" / "results" / "growth.json").read_text())
+    exponents = {b["what"]: b["measured"] for b in kept["bars"]}
+    time, memory = exponents["exponent of time in n"], exponents["exponent of memory in n"]
+    counts = [r["evaluations"] for r in kept["rows"] if r["name"].startswith("n = ")]
+    assert f"grows as n^{time:.2f}, its memory as n^{memory:.2f}, and the number" in (ROOT / "README.md").read_text()
+    assert max(counts) <= counts[0]
