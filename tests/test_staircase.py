@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cvxlib
 from cvxlib.factored import FactoredOperator
-from cvxlib.solvers import staircase
+from cvxlib.solvers import descent, staircase
 from cvxlib.solvers.cost import choose
 
 CASES = [(mixer, kind, pool) for mixer in family.MIXERS for kind in ("linear", "gated") for pool in family.POOLS]
@@ -214,6 +215,37 @@ def test_the_choice_follows_operations_and_memory(monkeypatch):
     assert reason in cvxlib.solve(small, tol=1e-2).solver
     monkeypatch.setattr("cvxlib.solvers.cost.LARGEST_DESIGN", 1000)
     assert choose(small)[0] == "staircase"
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts the numbers that the host reads: with a GPU, each waits for it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keep_features", [False, True])
+def test_descent_reads_numbers_only_where_it_checks(keep_features):
+    program = attention()
+    operator = program.factored
+    moments = descent.AxisMoments(program, operator)
+    u, v = (
+        family.normal(3, program.mixer.p, seed=1),
+        family.normal(3, program.mixer.width, program.mixer.block_outputs, seed=2),
+    )
+    k = torch.zeros(3, dtype=torch.long)
+
+    def reads(checks):
+        iterations = checks * descent.CHECK_EVERY
+        with ScalarReads() as mode:
+            *_, evaluations = descent.minimise(program, operator, moments, u, v, k, iterations, -1.0, keep_features)
+        assert evaluations == iterations + 2
+        return mode.count
+
+    assert reads(6) - reads(2) == 4 * 2  # two values a check
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

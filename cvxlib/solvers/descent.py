@@ -219,4 +219,5 @@ def _search(program, reduce, f: Tensor, f1: Tensor, f2: Tensor, point, direction
     ]
     values = reduce(torch.stack([loss.value(f + t * f1 + t**2 * f2, rows).sum() for t in steps])) / n
     steps = torch.stack(steps)
-    return reduce.agree(steps[(values + beta * (steps * cross + steps.square() * square / 2)).argmin()])[0]
+    best = (values + beta * (steps * cross + steps.square() * square / 2)).argmin()
+    return reduce.agree(steps.take(best))[0]  # an index in brackets would make the host wait
