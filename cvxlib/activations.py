@@ -86,7 +86,7 @@ class GatedReLU(Activation):
 
         Args:
             mixer: the mixer they are for.
-            count: P.
+            count: number of gates, P.
             seed: of the generator; the same seed gives the same gates on every device.
         """
         instance("mixer", mixer, Mixer, "a Mixer")

@@ -43,8 +43,8 @@ class LinearHead(Baseline):
     r"""The plain linear head, :math:`f(X) = X W`: no hidden layer, so no gates and nothing to mix tokens but the pooling.
 
     Args:
-        features: d.
-        outputs: c.
+        features: number of features, d.
+        outputs: number of outputs, c.
         pool: ``"mean"`` averages the predictions over tokens, ``None`` keeps them.
         dtype: of the weights, which start at 0 (its training is convex, so the start does not matter).
 
@@ -70,9 +70,9 @@ class SoftmaxAttention(Baseline):
     The weights are those of :class:`cvxlib.SelfAttention` with m heads; only the activation differs, and with it convexity.
 
     Args:
-        features: d.
-        outputs: c.
-        heads: m.
+        features: number of features, d.
+        outputs: number of outputs, c.
+        heads: number of heads, m.
         pool: ``"mean"`` averages the predictions over tokens, ``None`` keeps them.
         seed: of the random weights, normal with standard deviation 1/d for U and :math:`1/\sqrt{dc}` for V.
         dtype: of the weights.

@@ -171,7 +171,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         beta_: the weight decay used.
         status_: how the solve ended; a ``ConvergenceWarning`` tells when that is not within ``tol``.
         classes_: (c,) the labels.
-        n_features_in_: d.
+        n_features_in_: number of features, d.
         n_iter_: evaluations of the predictions.
 
     Raises:

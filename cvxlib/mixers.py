@@ -107,8 +107,8 @@ class SelfAttention(Mixer):
     r"""Self-attention without softmax, :math:`f(X) = \sum_j \sigma(X U_j X^\top) X V_j`; lifted block :math:`d^2 \times dc`.
 
     Args:
-        features: d.
-        outputs: c.
+        features: number of features, d.
+        outputs: number of outputs, c.
 
     Source: Sahiner et al. 2022, Theorem 3.1; book, chapter "Self-attention".
     """
@@ -139,8 +139,8 @@ class CausalSelfAttention(SelfAttention):
     r"""Self-attention in which a token sees itself and those before it: the hidden matrix is lower triangular.
 
     Args:
-        features: d.
-        outputs: c.
+        features: number of features, d.
+        outputs: number of outputs, c.
 
     Source: the program is that of self-attention with :math:`L_X U = \operatorname{tril}(X U X^\top)`.
     """
@@ -160,8 +160,8 @@ class CrossAttention(Mixer):
     The two sets are given one behind the other along the token axis.
 
     Args:
-        features: d.
-        outputs: c.
+        features: number of features, d.
+        outputs: number of outputs, c.
         queries: number of leading tokens that form X; the rest are keys and values Y.
 
     Source: the program is that of self-attention with two token sets.
@@ -200,9 +200,9 @@ class MLPMixer(Mixer):
     r"""MLP-Mixer, :math:`f(X) = \sum_j \sigma(W_j X) V_j`; lifted block :math:`s^2 \times dc`.
 
     Args:
-        tokens: s.
-        features: d.
-        outputs: c.
+        tokens: number of tokens, s.
+        features: number of features, d.
+        outputs: number of outputs, c.
 
     Source: Sahiner et al. 2022, section 4; book, chapter "MLP-Mixer".
     """
@@ -233,9 +233,9 @@ class FNO(Mixer):
     The circular convolution runs through the fast Fourier transform; :func:`circulant_hidden` is its slow twin.
 
     Args:
-        tokens: s.
-        features: d.
-        outputs: c.
+        tokens: number of tokens, s.
+        features: number of features, d.
+        outputs: number of outputs, c.
 
     Source: Sahiner et al. 2022, section 4; book, chapter "FNO".
     """
@@ -281,10 +281,10 @@ class BlockFNO(Mixer):
     r"""Block FNO: B independent FNOs, block b sees features b and writes outputs b; B lifted blocks :math:`sd/B \times c/B` per gate.
 
     Args:
-        tokens: s.
+        tokens: number of tokens, s.
         features: d, a multiple of B.
         outputs: c, a multiple of B.
-        blocks: B.
+        blocks: number of blocks, B.
 
     Source: Sahiner et al. 2022, section 4 (the block-diagonal operator of AFNO); book, chapter "Block FNO".
     """
@@ -317,8 +317,8 @@ class MLP(Mixer):
     r"""Two-layer network applied token by token, :math:`f(X) = \sum_j \sigma(X u_j) v_j^\top`; lifted block :math:`d \times c`.
 
     Args:
-        features: d.
-        outputs: c.
+        features: number of features, d.
+        outputs: number of outputs, c.
 
     Source: Pilanci and Ergen 2020; book, chapter "Two-layer networks".
     """
@@ -346,9 +346,9 @@ class Convolution(Mixer):
     r"""Two-layer CNN along the token axis with one output weight per position, :math:`f(X) = \sum_j \sum_k \sigma(\langle X_{k:k+t}, u_j\rangle)\, V_{j,k}`.
 
     Args:
-        tokens: s.
-        features: d.
-        outputs: c.
+        tokens: number of tokens, s.
+        features: number of features, d.
+        outputs: number of outputs, c.
         kernel: t, the number of neighbouring tokens a filter sees.
 
     Source: Sahiner et al. 2024, Theorem 3.6.

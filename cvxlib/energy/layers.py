@@ -150,7 +150,7 @@ class EnergyTransformer(nn.Module):
 
     Args:
         features: features of the input tokens.
-        outputs: c.
+        outputs: number of outputs, c.
         width: d, features of the embedded tokens.
         layers: how many layers.
         shared: one set of weights for every layer (one energy) or a set for each.

@@ -15,7 +15,7 @@ class GraphProjection:
     r"""The nearest point :math:`(AZ, Z)` to a given (f, W): :math:`\min_Z \|AZ - f\|^2 + r \|Z - W\|^2`, by Cholesky.
 
     Args:
-        block: A.
+        block: the linear map A.
         reduce: sums a tensor over the processes that hold rows.
     """
 

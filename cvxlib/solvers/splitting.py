@@ -40,7 +40,7 @@ class GraphForm:
 
     Args:
         program: supplies loss and targets.
-        operator: A.
+        operator: the linear map A.
         projections: onto the graphs of its maps.
         z: where to start.
         residual: (rows, c) the loss gradient that starts the multipliers.
@@ -94,7 +94,7 @@ class LeastSquares:
 
     Args:
         program: supplies the targets Y.
-        operator: A.
+        operator: the linear map A.
         projections: onto the graphs of its maps.
     """
 
