@@ -2,8 +2,8 @@ r"""Cone-constrained norms: what the weight decay of a ReLU network becomes on o
 
 On the cone :math:`C = \{u : K u \ge 0\}` of a sign pattern the penalty is the gauge
 
-.. math:: \|Z\|_{C,*} = \min \Big\{\sum_j \|u_j\|\,\|v_j\| : Z = \sum_j u_j v_j^\top,\ u_j \in C\Big\},
-   \qquad \|G\|_{C,\circ} = \max_{u \in C,\ \|u\| \le 1} \|G^\top u\|_2 .
+.. math:: \|Z\|_{C,*} &= \min \Big\{\sum_j \|u_j\|\,\|v_j\| : Z = \sum_j u_j v_j^\top,\ u_j \in C\Big\}, \\
+   \|G\|_{C,\circ} &= \max_{u \in C,\ \|u\| \le 1} \|G^\top u\|_2 .
 
 Both are NP-hard in general, so every function here returns bounds from both sides, which meet where the search is complete. All
 searches run in float64 on the CPU: they are combinatorial and small.

@@ -49,9 +49,9 @@ class GapSafeRule:
 
     On the ball of radius r around a feasible :math:`\rho`, for every unit u and V and every :math:`\theta \in (0, 1)`,
 
-    .. math:: \big(\langle uV, A_k^*\rho\rangle + r \|A_k(uV)\|_F\big)^2
-        \le \tfrac1\theta \|G_k V\|^2 + \tfrac{r^2}{1 - \theta} \langle V, S_k V \rangle,
-        \qquad G_k = A_k^*\rho, \quad S_k = \sum_i T_{i,k}^\top T_{i,k} \otimes I,
+    .. math:: &\big(\langle uV, A_k^*\rho\rangle + r \|A_k(uV)\|_F\big)^2
+        \le \tfrac1\theta \|G_k V\|^2 + \tfrac{r^2}{1 - \theta} \langle V, S_k V \rangle, \\
+        &G_k = A_k^*\rho, \quad S_k = \sum_i T_{i,k}^\top T_{i,k} \otimes I,
 
     so the largest eigenvalue of :math:`G_k^\top G_k / \theta + r^2 S_k / (1 - \theta)` bounds the squared constraint. The least of
     these over :math:`\theta` is never worse than the triangle inequality :math:`\|G_k\|_2 + r \|S_k\|_2^{1/2}`.

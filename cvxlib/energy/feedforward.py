@@ -49,8 +49,8 @@ def feedforward_gradient(Y: Tensor, W: Tensor, B: Tensor) -> Tensor:
 def feedforward_step(Y: Tensor, W: Tensor, B: Tensor, step: float = 1.0, nonnegative: bool = False) -> Tensor:
     r"""One feed-forward layer: a (projected) gradient step on :func:`feedforward_energy`.
 
-    .. math:: Y \leftarrow \Pi\bigl((1 - \alpha) Y + \alpha (B - \tfrac12 Y(W + W^\top))\bigr),
-        \qquad \alpha = 1:\; Y \leftarrow \operatorname{ReLU}\bigl(B - \tfrac12 Y (W + W^\top)\bigr)
+    .. math:: &Y \leftarrow \Pi\bigl((1 - \alpha) Y + \alpha (B - \tfrac12 Y(W + W^\top))\bigr), \\
+        &\alpha = 1:\; Y \leftarrow \operatorname{ReLU}\bigl(B - \tfrac12 Y (W + W^\top)\bigr)
 
     The projection onto the orthant is the ReLU; without it the step is linear. The gradient is Lipschitz with constant
     :math:`L = \lambda_{\max}(I + \tfrac12(W + W^\top))`, so from a point of finite energy no step in (0, 2/L] raises it.

@@ -18,8 +18,8 @@ def matched_step(
 ) -> Tensor:
     r"""One step on the total energy :math:`E = E_1 + E_2` that never raises it, for any step in (0, 2).
 
-    .. math:: Y \leftarrow \Pi\bigl(Y - \alpha P^{-1} (\nabla E_1(Y) + \nabla E_2(Y))\bigr),
-        \qquad P = \|W_a\|_2^2\,(D + I) + \lambda_{\max}\bigl(I + \tfrac12(W_f + W_f^\top)\bigr) I
+    .. math:: &Y \leftarrow \Pi\bigl(Y - \alpha P^{-1} (\nabla E_1(Y) + \nabla E_2(Y))\bigr), \\
+        &P = \|W_a\|_2^2\,(D + I) + \lambda_{\max}\bigl(I + \tfrac12(W_f + W_f^\top)\bigr) I
 
     P bounds the curvature of the separable majoriser of E_1 plus that of E_2, token by token. Attention and feed-forward act side by
     side on the same tokens, with one preconditioner for both and the value projection :math:`W_a W_a^\top`.
@@ -58,8 +58,9 @@ def matched_step(
 class EnergyLayer(nn.Module):
     r"""One transformer layer: an attention step, then a feed-forward step (alternating inexact minimisation).
 
-    .. math:: E(Y) = E_1(Y) + E_2(Y)
-        = -\sum_{i<j} e^{-\|(y_i - y_j) W_a\|^2/2} + \tfrac12\|Y W_a\|_F^2 + \tfrac12\operatorname{tr} Y W_f Y^\top + \tfrac12\|Y - B\|_F^2
+    .. math:: E(Y) &= E_1(Y) + E_2(Y) \\
+        &= -\sum_{i<j} e^{-\|(y_i - y_j) W_a\|^2/2} + \tfrac12\|Y W_a\|_F^2 \\
+        &\quad + \tfrac12\operatorname{tr} Y W_f Y^\top + \tfrac12\|Y - B\|_F^2
 
     Args:
         attention: (d, k) the weights :math:`W_a`.

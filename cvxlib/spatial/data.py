@@ -35,8 +35,8 @@ class SpatialSample:
 class SpatialTask:
     r"""The spatially structured distribution on D = L C patches.
 
-    .. math:: X_j = y\,w^\star + \xi_j \ (j \in S_l), \qquad X_j = \delta_j\,w^\star + \xi_j \ (j \notin S_l), \qquad
-        \xi_j \sim \mathcal N\big(0, \sigma^2 (I - w^\star w^{\star\top})\big)
+    .. math:: &X_j = y\,w^\star + \xi_j \ (j \in S_l), \qquad X_j = \delta_j\,w^\star + \xi_j \ (j \notin S_l), \\
+        &\xi_j \sim \mathcal N\big(0, \sigma^2 (I - w^\star w^{\star\top})\big)
 
     with :math:`y = \pm 1` and the lit set l uniform, :math:`\delta_j = \pm 1` with probability q/2 each and 0 otherwise.
 

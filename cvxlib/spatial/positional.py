@@ -18,8 +18,8 @@ from cvxlib.spatial.data import SpatialSample, SpatialTask, check_sets, membersh
 class PositionalModel(nn.Module):
     r"""The simplified positional-attention classifier.
 
-    .. math:: F(X) = \sum_{i=1}^D \phi\Big(D \sum_{j=1}^D S_{ij} \langle v, X_j\rangle\Big), \qquad
-        S = \operatorname{softmax}_{\text{rows}}(A / \sqrt d), \qquad \phi(z) = \nu z + z^p
+    .. math:: &F(X) = \sum_{i=1}^D \phi\Big(D \sum_{j=1}^D S_{ij} \langle v, X_j\rangle\Big), \\
+        &S = \operatorname{softmax}_{\text{rows}}(A / \sqrt d), \qquad \phi(z) = \nu z + z^p
 
     The diagonal of A stays fixed; its other entries and v are trained. The activation is this package's choice: an odd
     polynomial, linear near 0 and convex beyond, so that attention concentrated on one set pays.
