@@ -182,4 +182,5 @@ class CrossEntropy(Loss):
 
     @staticmethod
     def _one_hot(targets: Tensor, like: Tensor) -> Tensor:
+        # functional.one_hot makes int64 and reads all targets first: with many classes that takes longer than the softmax beside it
         return torch.zeros_like(like).scatter_(-1, targets.unsqueeze(-1), 1)
