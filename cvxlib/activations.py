@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cvxlib._checks import FLOATS, instance, positive_int, require, wrong_type
-from cvxlib.arrangements import enumerate_patterns, lifted_rows
+from cvxlib.arrangements import enumerate_patterns, exact_rows
 from cvxlib.mixers import Mixer
 
 
@@ -151,14 +151,13 @@ class ReLU(Activation):
         """
         directions = []
         for seen in mixer.split(tokens):
-            found = enumerate_patterns(lifted_rows(mixer, seen.double()), self.limit)
-            require(
-                found.complete,
-                "activation",
-                "a ReLU with few enough sign patterns on these tokens",
-                f"more than {self.limit}",
-            )
-            directions.append(found.directions.unflatten(1, mixer.shape))
+            found = enumerate_patterns(exact_rows(mixer, seen), self.limit)
+            expected = "a ReLU with few enough sign patterns on these tokens"
+            require(found.complete, "activation", expected, f"more than {self.limit}")
+            inner = found.directions.to(seen.device).unflatten(1, mixer.shape)
+            apart = _apart(mixer, seen.double(), inner, found.patterns.to(seen.device))
+            require(apart, "activation", expected + ", each wide enough for rounding", "cones thinner than that")
+            directions.append(inner)
         if mixer.blocks == 1:
             return GatedReLU(directions[0])
         longest = max(map(len, directions))  # blocks with fewer patterns repeat their last one
@@ -167,3 +166,13 @@ class ReLU(Activation):
 
     def __repr__(self) -> str:
         return "ReLU()"
+
+
+def _apart(mixer: Mixer, tokens: Tensor, directions: Tensor, patterns: Tensor) -> bool:
+    """Whether the hidden entries of directions (P, ...) have the signs of the patterns (P, R), and not by rounding alone."""
+    hidden = mixer.hidden(tokens, directions)
+    # what the entries would be if nothing cancelled bounds what rounding can change
+    size = mixer.hidden(tokens.abs(), directions.abs()).abs()
+    hidden, size = (entries.transpose(0, 1).flatten(1) for entries in (hidden, size))
+    clear = hidden.abs() > 64 * mixer.p * torch.finfo(tokens.dtype).eps * size
+    return bool((((hidden > 0) == patterns) & clear | (size == 0)).all())

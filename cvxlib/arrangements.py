@@ -3,23 +3,29 @@ r"""Arrangements: which sign patterns :math:`\mathbb 1\{L_X u \ge 0\}` the stack
 Every row :math:`l_r` of the stacked data is a hyperplane through the origin of u-space; together they cut it into open cones, on each
 of which a ReLU network is linear. Patterns that occur only on the boundary between cones are not listed: their u lie in the closure
 of a listed cone. Rows of zeros (zero tokens) cut nothing, and parallel rows (repeated tokens) are one hyperplane.
+
+Which rows are parallel, what rank they have and which patterns occur is decided in exact arithmetic (:mod:`cvxlib.exact`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from cvxlib import exact
 from cvxlib._checks import float_tensor, positive_int, require
 from cvxlib.mixers import Mixer
+from cvxlib.nonnegative import least_squares
 
-#: rows whose directions agree to this are one hyperplane, and a cone thinner than this is taken for its boundary
-RESOLUTION = 1e-10
+#: rows that are compared in exact arithmetic before the count of different ones is looked at
+STRIPE = 4096
 
 
 @torch.no_grad()
@@ -35,6 +41,21 @@ def lifted_rows(mixer: Mixer, tokens: Tensor) -> Tensor:
     """
     basis = torch.eye(mixer.p, dtype=tokens.dtype, device=tokens.device).reshape(mixer.p, *mixer.shape)
     return mixer.hidden(tokens, basis).movedim(1, -1).reshape(-1, mixer.p)
+
+
+def exact_rows(mixer: Mixer, tokens: Tensor) -> np.ndarray:
+    """The stacked data without rounding, where the mixer knows them (:meth:`cvxlib.Mixer.exact_rows`), else :func:`lifted_rows` in float64.
+
+    Args:
+        mixer: how tokens are mixed.
+        tokens: (n, s, d), what one block sees.
+
+    Returns:
+        (R, p) an object array of :class:`fractions.Fraction`, or a float64 array; rows in the order of :func:`lifted_rows`.
+    """
+    numbers = tokens.detach().double().cpu().numpy()
+    exact = mixer.exact_rows(np.vectorize(Fraction, otypes=[object])(numbers))
+    return lifted_rows(mixer, tokens.detach().double()).cpu().numpy() if exact is None else exact
 
 
 @torch.no_grad()
@@ -75,10 +96,10 @@ class Arrangement:
 
     Args:
         patterns: (P, R) boolean, ``patterns[g, r]`` where row r is at least 0 on cone g.
-        directions: (P, p) unit vectors inside the cones.
+        directions: (P, p) unit vectors inside the cones, to rounding: in a cone thinner than that a direction may miss its pattern.
         rank: r, the dimension that the rows span.
         hyperplanes: N, the number of distinct hyperplanes.
-        complete: every pattern is listed, and this is proved.
+        complete: every pattern is listed; this is proved in exact arithmetic.
     """
 
     patterns: Tensor = field(repr=False)
@@ -91,37 +112,94 @@ class Arrangement:
         return len(self.directions)
 
 
-def enumerate_patterns(rows: Tensor, limit: int = 20_000, progress: bool | None = None) -> Arrangement:
-    r"""All sign patterns of :math:`L u`, :math:`u \in \mathbb R^p`, with a proof for each pattern left out.
-
-    Hyperplanes are added one at a time; a cone is cut in two where the linear system of its other side is strictly feasible. Each
-    answer carries its certificate (Gordan's alternative): an inner point, or non-negative multipliers with :math:`K^\top\lambda = 0`.
-    Half of the cones are searched, the others are their antipodes. In the plane the hyperplanes are sorted by angle.
+class Hyperplanes:
+    """The distinct hyperplanes of stacked data, as they are: no row is too small and no two are too close to count.
 
     Args:
-        rows: (R, p) stacked data.
-        limit: stop when more patterns than this are found; what is found is returned with ``complete=False``.
-        progress: show a bar; by default only on a terminal.
+        rows: (R, p) stacked data, floating point numbers, or an object array of fractions.
+        most: stop reading when there are more hyperplanes than this.
+    """
+
+    def __init__(self, rows: np.ndarray, most: float = math.inf) -> None:
+        self.dimension = rows.shape[1]
+        #: rows of whole numbers that are proportional to one row each
+        self.whole: list[exact.Vector] = []
+        seen: dict[exact.Vector, int] = {}
+        plane, side = [], []
+        for start in range(0, len(rows), STRIPE):
+            for row in exact.whole_numbers(rows[start : start + STRIPE]):
+                facing, sign = exact.facing(row)
+                if sign and facing not in seen:
+                    seen[facing] = len(self.whole)
+                    self.whole.append(facing)
+                plane.append(seen.get(facing, 0))
+                side.append(sign)
+            if len(self.whole) > most:
+                break
+        #: (R,) the hyperplane of each row, and to which of its sides the row points: -1 or 1, and 0 for a row of zeros
+        self.plane, self.side = np.array(plane, dtype=int), np.array(side, dtype=int)
+        self.rank = len(exact.pivots(self.whole))
+        #: (N, p) unit normals
+        self.normals = np.array([exact.unit(row) for row in self.whole]).reshape(-1, self.dimension)
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    @functools.cached_property
+    def basis(self) -> np.ndarray:
+        """(r, p) an orthonormal basis of the span of the normals, to rounding; the unit vectors where they span everything."""
+        if self.rank == self.dimension:
+            return np.eye(self.dimension)
+        return np.linalg.svd(self.normals, full_matrices=False)[2][: self.rank]
+
+    def patterns(self, signs: np.ndarray) -> np.ndarray:
+        """(P, R) which rows are at least 0, for the signs (P, N) of the hyperplanes."""
+        if len(self) == 0:
+            return np.ones((len(signs), len(self.side)), dtype=bool)
+        return signs[:, self.plane] * self.side >= 0
+
+    def signs_at(self, point: np.ndarray) -> np.ndarray:
+        """(N,) the exact signs of the hyperplanes at a float vector (p,)."""
+        (whole,) = exact.whole_numbers(point[None])
+        return np.array(exact.signs(self.whole, whole), dtype=int)
+
+
+def enumerate_patterns(rows: Tensor, limit: int = 20_000) -> Arrangement:
+    r"""All sign patterns of :math:`L u`, :math:`u \in \mathbb R^p`, found and counted in exact arithmetic.
+
+    Hyperplanes are added one at a time; those before cut the new one into cones of one dimension less, each of which is where it cuts
+    an old cone in two (:func:`cvxlib.exact.cells`). No linear program is asked, so none can be wrong.
+
+    Args:
+        rows: (R, p) stacked data; an object array of :class:`fractions.Fraction` where they are known without rounding.
+        limit: stop when more patterns than this are found; some are then returned, with ``complete=False``.
 
     Returns:
         The arrangement; ``len(enumerate_patterns(rows)) == cover_count(N, r)`` for N rows in general position.
 
-    Source: Pilanci and Ergen 2020, section 2 (arrangements); book, chapter "ReLU and its cones".
+    Raises:
+        TypeError, ValueError: ``rows`` is not such an array, or not finite; ``limit`` is not a whole number above 0.
+
+    Source: Zaslavsky 1975 (deletion and restriction); Pilanci and Ergen 2020, section 2; book, chapter "ReLU and its cones".
     """
-    rows = float_tensor("rows", rows, ("R", "p"))
     positive_int("limit", limit)
-    normals, basis = hyperplanes(rows)
-    if len(normals) == 0:
-        inner, complete = np.zeros((1, 0)), True
-    elif normals.shape[1] == 1:
-        inner, complete = np.array([[1.0], [-1.0]]), True
-    elif 2 * len(normals) > limit:  # N hyperplanes cut out at least 2 N cones
-        inner, complete = normals[:1], False
-    elif normals.shape[1] == 2:
-        inner, complete = _plane(normals), True
-    else:
-        inner, complete = _incremental(normals, limit, progress)
-    return _arrangement(rows, inner @ basis, normals, complete and len(inner) <= limit)
+    matrix = _matrix(rows)
+    planes = Hyperplanes(
+        matrix, most=limit // 2 + 1
+    )  # N hyperplanes cut out at least 2 N cones, if they are more than one
+    found = exact.cells(planes.whole, limit) if 2 * len(planes) <= max(limit, 2) else None
+    if found is None:
+        return sample_patterns(rows, 4 * limit)
+    signs = np.array(list(found), dtype=int).reshape(len(found), len(planes))
+    inner = np.array([_inside(planes, sign, point) for sign, point in zip(signs, found.values(), strict=True)])
+    device = rows.device if isinstance(rows, Tensor) else None
+    return Arrangement(
+        torch.as_tensor(planes.patterns(signs), device=device),
+        torch.as_tensor(inner.reshape(len(found), planes.dimension), dtype=torch.float64, device=device),
+        planes.rank,
+        len(planes),
+        len(found) <= limit,
+    )
 
 
 def sample_patterns(rows: Tensor, draws: int, seed: int = 0) -> Arrangement:
@@ -134,121 +212,59 @@ def sample_patterns(rows: Tensor, draws: int, seed: int = 0) -> Arrangement:
         draws: how many directions.
         seed: of the generator.
     """
-    rows = float_tensor("rows", rows, ("R", "p"))
-    normals, basis = hyperplanes(rows)
-    inner = np.random.default_rng(seed).standard_normal((positive_int("draws", draws), normals.shape[1]))
+    matrix = _matrix(rows)
+    planes = Hyperplanes(matrix)
+    inner = np.random.default_rng(seed).standard_normal((positive_int("draws", draws), planes.dimension))
     inner /= np.maximum(np.linalg.norm(inner, axis=1, keepdims=True), np.finfo(float).tiny)
-    hidden = inner @ normals.T
-    inner = inner[(np.abs(hidden) > RESOLUTION).all(1)]
-    _, first = np.unique(inner @ normals.T > 0, axis=0, return_index=True)
-    complete = len(first) == cover_count(*normals.shape)
-    return _arrangement(rows, inner[np.sort(first)] @ basis, normals, complete)
-
-
-def hyperplanes(rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct hyperplanes of stacked data (R, p): unit normals (N, r), and an orthonormal basis (r, p) of their span."""
-    matrix = rows.detach().double().cpu().numpy()
-    size = np.linalg.norm(matrix, axis=1)
-    keep = size > RESOLUTION * size.max(initial=0.0)
-    matrix = matrix[keep] / size[keep, None]
-    if len(matrix) == 0:
-        return np.zeros((0, 0)), np.zeros((0, rows.shape[1]))
-    _, sigma, basis = np.linalg.svd(matrix, full_matrices=False)
-    basis = basis[sigma > RESOLUTION * sigma[0] * max(matrix.shape) ** 0.5]
-    normals = matrix @ basis.T
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
-    # parallel rows, all turned to one side, are neighbours in the order of any projection
-    turn, key = np.random.default_rng(0).standard_normal((2, normals.shape[1]))
-    side = np.where(normals @ turn >= 0, 1.0, -1.0)[:, None] * normals
-    keys = side @ key
-    distinct: list[int] = []
-    recent: list[int] = []
-    for index in np.argsort(keys, kind="stable"):
-        recent = [k for k in recent if keys[index] - keys[k] <= RESOLUTION * np.linalg.norm(key)]
-        if all(np.linalg.norm(side[index] - side[k]) > RESOLUTION for k in recent):
-            distinct.append(index)
-            recent.append(index)
-    return normals[sorted(distinct)], basis
+    hidden = inner @ planes.normals.T
+    inner, hidden = (array[(np.abs(hidden) > _rounding(planes.dimension)).all(1)] for array in (inner, hidden))
+    signs, first = np.unique(np.sign(hidden).astype(int), axis=0, return_index=True)
+    device = rows.device if isinstance(rows, Tensor) else None
+    return Arrangement(
+        torch.as_tensor(planes.patterns(signs), device=device),
+        torch.as_tensor(inner[first], dtype=torch.float64, device=device),
+        planes.rank,
+        len(planes),
+        len(first) == cover_count(len(planes), planes.rank),
+    )
 
 
 def inner_point(cone: np.ndarray) -> np.ndarray | None:
-    r"""A unit vector with :math:`K u > 0` for unit rows (k, p), or ``None`` if there is none (a cone without an inside).
+    r"""A unit vector with :math:`K u > 0` for unit rows (k, p), far from the walls, or ``None`` if none was found.
 
-    The nearest point to the origin in the convex hull of the rows, by non-negative least squares, is either such a u or 0.
+    The nearest point to the origin in the convex hull of the rows, by non-negative least squares, is such a u where there is one. The
+    answer is checked: what is returned lies inside. That nothing is returned proves nothing.
     """
-    from scipy.optimize import nnls
-
     if len(cone) == 0:
         return np.zeros(cone.shape[1])
     target = np.zeros(cone.shape[1] + 1)
     target[-1] = 1.0
     matrix = np.vstack([cone.T, np.ones(len(cone))])
-    weights, _ = nnls(matrix, target, maxiter=50 * len(cone) + 100)
+    weights, _ = least_squares(matrix, target)
     point = (matrix @ weights - target)[:-1]
     size = np.linalg.norm(point)
-    if size <= RESOLUTION or (cone @ point).min() <= RESOLUTION * size:
+    if size == 0 or (cone @ point).min() <= _rounding(cone.shape[1]) * size:
         return None
     return point / size
 
 
-def _plane(normals: np.ndarray) -> np.ndarray:
-    """Inner points of all cones in the plane: between neighbouring lines."""
-    lines = np.sort(np.mod(np.arctan2(normals[:, 0], -normals[:, 1]), np.pi))
-    middle = (lines + np.append(lines[1:], lines[0] + np.pi)) / 2
-    half = np.stack([np.cos(middle), np.sin(middle)], 1)
-    return np.concatenate([half, -half])
+def _matrix(rows: Tensor | np.ndarray) -> np.ndarray:
+    if isinstance(rows, np.ndarray) and rows.dtype == object:
+        require(rows.ndim == 2, "rows", "an array of fractions of shape (R, p)", rows)
+        return rows
+    return float_tensor("rows", rows, ("R", "p")).detach().double().cpu().numpy()
 
 
-def _incremental(normals: np.ndarray, limit: int, progress: bool | None) -> tuple[np.ndarray, bool]:
-    """Inner points of all cones, adding one hyperplane at a time; the cones with a positive first sign, then their antipodes."""
-    count, rank = normals.shape
-    # directions already at hand settle most of the cuts without a linear system
-    drawn = np.random.default_rng(0).standard_normal((min(20 * limit, 20_000), rank))
-    drawn *= np.sign(drawn @ normals[0])[:, None]
-    seen = (drawn @ normals.T > 0).astype(np.uint8)
-    met = list({row.tobytes(): index for index, row in enumerate(np.packbits(seen, axis=1))}.values())
-    if 2 * len(met) > limit:
-        return np.concatenate([drawn[met], -drawn[met]]) / np.linalg.norm(
-            drawn[np.r_[met, met]], axis=1, keepdims=True
-        ), False
-
-    cells = [(np.array([1.0]), normals[0])]
-    bar = tqdm(total=count - 1, desc="hyperplanes", disable=None if progress is None else not progress, delay=1)
-    for k in range(1, count):
-        witness = {row.tobytes(): index for index, row in enumerate(seen[:, : k + 1])}
-        grown = []
-        for signs, point in cells:
-            value = normals[k] @ point
-            here = 1.0 if value > 0 else -1.0
-            for sign in (here, -here):
-                longer = np.append(signs, sign)
-                known = witness.get((longer > 0).astype(np.uint8).tobytes())
-                if sign == here and abs(value) > RESOLUTION:
-                    inside = point
-                elif known is not None:
-                    inside = drawn[known] / np.linalg.norm(drawn[known])
-                else:
-                    inside = inner_point(longer[:, None] * normals[: k + 1])
-                if inside is not None:
-                    grown.append((longer, inside))
-        cells = grown
-        bar.update()
-        if 2 * len(cells) > limit:
-            break
-    bar.close()
-    complete = 2 * len(cells) <= limit
-    # points far from the walls keep their pattern when the hidden entries are computed in another order
-    half = np.array([point for _, point in cells])
-    if complete:
-        centres = [inner_point(signs[:, None] * normals) for signs, _ in cells]
-        half = np.array([old if new is None else new for old, new in zip(half, centres, strict=True)])
-    return np.concatenate([half, -half]), complete
+def _rounding(dimension: int) -> float:
+    """By how much a product of unit vectors can be off, with room to spare."""
+    return 64 * dimension * np.finfo(float).eps
 
 
-def _arrangement(rows: Tensor, directions: np.ndarray, normals: np.ndarray, complete: bool) -> Arrangement:
-    inner = torch.as_tensor(directions, dtype=torch.float64, device=rows.device).reshape(-1, rows.shape[1])
-    size = rows.double().norm(dim=1)
-    hidden = inner @ (rows.double() * (size > RESOLUTION * size.max()).unsqueeze(1)).mT
-    patterns = hidden >= 0
-    require(complete or len(patterns) > 0, "rows", "rows that some direction does not touch", rows)
-    return Arrangement(patterns, inner, normals.shape[1], len(normals), complete)
+def _inside(planes: Hyperplanes, sign: np.ndarray, point: Sequence[int]) -> np.ndarray:
+    """A unit vector inside the cone with these signs: a central one where rounding lets it be found, else the exact point rounded."""
+    if len(planes) == 0:
+        return np.zeros(planes.dimension)
+    centre = inner_point(sign[:, None] * planes.normals)
+    if centre is not None and np.array_equal(planes.signs_at(centre), sign):
+        return centre
+    return exact.unit(point)

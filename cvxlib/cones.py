@@ -21,9 +21,13 @@ import numpy as np
 
 from cvxlib._checks import require, wrong_value
 from cvxlib.arrangements import inner_point
+from cvxlib.nonnegative import least_squares
 
 #: how far a unit vector may stick out of a cone of unit rows and still be taken to lie in it
 INSIDE = 1e-12
+EPS = float(np.finfo(float).eps)
+#: by how much the projection of a vector may stick out
+STICKS_OUT = 1e-9
 #: subspaces that one search may open before it settles for an interval
 NODES = 3_000
 
@@ -44,8 +48,6 @@ class Bounds:
 
 def facets(cone: np.ndarray) -> np.ndarray:
     """The rows (k, p) of a cone with an inside that the others do not imply, scaled to unit length."""
-    from scipy.optimize import nnls
-
     rows = cone / np.linalg.norm(cone, axis=1, keepdims=True)
     if rows.shape[1] == 2 and len(rows) > 2:  # in the plane the two outermost rows
         middle = rows.mean(0)
@@ -54,19 +56,29 @@ def facets(cone: np.ndarray) -> np.ndarray:
     kept = list(range(len(rows)))
     for index in range(len(rows)):
         others = [k for k in kept if k != index]
-        if others and nnls(rows[others].T, rows[index], maxiter=50 * len(rows) + 100)[1] < INSIDE:
-            kept = others
+        if others:  # a row stays unless it is seen to be a combination of the others
+            weights, _ = least_squares(rows[others].T, rows[index])
+            if np.linalg.norm(rows[others].T @ weights - rows[index]) < INSIDE:
+                kept = others
     return rows[kept]
 
 
-def project(points: np.ndarray, cone: np.ndarray) -> np.ndarray:
+def project(point: np.ndarray, cone: np.ndarray) -> np.ndarray:
     r"""The nearest point of a cone (k, p) to a point (p,): :math:`x + K^\top\lambda` with non-negative least squares for λ (Moreau)."""
-    from scipy.optimize import nnls
+    return _project(point, cone)[0]
 
-    if len(cone) == 0 or (cone @ points).min() >= 0:
-        return points
-    weights, _ = nnls(cone.T, -points, maxiter=50 * len(cone) + 100)
-    return points + cone.T @ weights
+
+def _project(point: np.ndarray, cone: np.ndarray) -> tuple[np.ndarray, float]:
+    r"""The nearest point of a cone, and a bound on :math:`\max \{x^\top u : K u \ge 0, \|u\| \le 1\}`.
+
+    Any :math:`\lambda \ge 0` bounds it by :math:`\|x + K^\top\lambda\|`, so that the bound does not rest on how λ was found.
+    """
+    if len(cone) == 0 or (cone @ point).min() >= 0:
+        return point, float(np.linalg.norm(point)) * (1 + len(point) * EPS)
+    weights, _ = least_squares(cone.T, -point)
+    near = point + cone.T @ weights
+    rounding = (len(cone) + len(point) + 2) * EPS * (np.abs(point) + np.abs(cone).T @ weights)
+    return near, float(np.linalg.norm(near) * (1 + len(point) * EPS) + np.linalg.norm(rounding))
 
 
 def dual_norm(g: np.ndarray, cone: np.ndarray, *, floor: float = 0.0, nodes: int = NODES) -> Bounds:
@@ -90,29 +102,27 @@ def dual_norm(g: np.ndarray, cone: np.ndarray, *, floor: float = 0.0, nodes: int
     """
     if g.shape[1] == 1:
         return _one_column(g, cone)
-    square = g @ g.T
     best, point = 0.0, None
     for start in _starts(g):
         value, candidate = ascend(g, cone, start)
         if value > best:
             best, point = value, candidate
-    best = best**2
     order = itertools.count()  # breaks ties in the heap
-    value, vector = _top(square)
+    value, vector = _top_left(g)
     heap = [(-value, next(order), vector, np.eye(len(g)), frozenset())]
     opened, upper = {frozenset()}, value
     while heap:
         value, _, vector, basis, active = heapq.heappop(heap)
         value = -value
         upper = max(value, best)
-        if value <= max(best, floor**2) * (1 + INSIDE):
+        if value <= max(best, floor) * (1 + INSIDE):
             break
         sides = [sign for sign in (1.0, -1.0) if not len(cone) or (sign * (cone @ vector)).min() >= -INSIDE]
         if sides:
             best, point = value, sides[0] * vector
             continue
         if len(opened) >= nodes:
-            upper = max(best, min(upper, lagrangian_bound(g, cone, floor=max(best**0.5, floor)) ** 2))
+            upper = max(best, min(upper, lagrangian_bound(g, cone, floor=max(best, floor))))
             break
         for index in range(len(cone)):
             normal = cone[index] @ basis
@@ -122,15 +132,17 @@ def dual_norm(g: np.ndarray, cone: np.ndarray, *, floor: float = 0.0, nodes: int
                 continue
             opened.add(child)
             inner = basis @ _complement(normal / size)
-            value, small = _top(inner.T @ square @ inner)
-            if value > max(best, floor**2):
+            value, small = _top_left(inner.T @ g)
+            if value > max(best, floor):
                 heapq.heappush(heap, (-value, next(order), inner @ small, inner, child))
     else:
-        upper = max(best, floor**2)
+        upper = max(best, floor)
+    # singular values, and the bases of faces that are products of so many reflections, are known to rounding
+    upper = max(upper, best) + 8 * (sum(g.shape) + len(g) ** 2) * EPS * float(np.linalg.norm(g))
     if point is None:
-        return Bounds(0.0, upper**0.5)
+        return Bounds(0.0, upper)
     v = g.T @ point
-    return Bounds(float(np.linalg.norm(v)), max(upper, best) ** 0.5, point, v / np.linalg.norm(v))
+    return Bounds(float(np.linalg.norm(v)), upper, point, v / np.linalg.norm(v))
 
 
 def ascend(g: np.ndarray, cone: np.ndarray, start: np.ndarray, steps: int = 50) -> tuple[float, np.ndarray | None]:
@@ -139,19 +151,21 @@ def ascend(g: np.ndarray, cone: np.ndarray, start: np.ndarray, steps: int = 50) 
     Returns:
         the value and u, or 0 and ``None`` if the start leads nowhere.
     """
-    u, value = project(start, cone), 0.0
+    u, value, best = project(start, cone), 0.0, None
     for _ in range(steps):
         size = np.linalg.norm(u)
         if size <= INSIDE:
-            return value, None
+            break
         u = u / size
+        if not _inside(u, cone):
+            break
         v = g.T @ u
         new = float(np.linalg.norm(v))
         if new <= value * (1 + 1e-9):
             break
         value, best = new, u
         u = project(g @ v, cone)
-    return (value, best) if value > 0 else (0.0, None)
+    return value, best
 
 
 def lagrangian_bound(g: np.ndarray, cone: np.ndarray, *, floor: float = 0.0, steps: int = 300) -> float:
@@ -165,8 +179,11 @@ def lagrangian_bound(g: np.ndarray, cone: np.ndarray, *, floor: float = 0.0, ste
     best = float(np.linalg.eigvalsh(square)[-1])
     scale, momentum = best, np.zeros_like(weights)
     for step in range(steps if len(cone) else 0):
-        value, y = _top(square + cone.T @ weights @ cone)
-        best = min(best, value)
+        lifted = cone.T @ weights @ cone
+        value, y = _top(square + lifted)
+        # what rounding may have hidden: the two parts can cancel
+        size = np.linalg.norm(g) ** 2 + np.linalg.norm(np.abs(cone).T @ weights @ np.abs(cone))
+        best = min(best, value + 8 * (len(g) + len(cone)) * EPS * size)
         if best <= floor**2 * (1 + INSIDE):
             break
         momentum = 0.9 * momentum + 0.1 * np.outer(cone @ y, cone @ y)
@@ -207,9 +224,10 @@ def nuclear_norm(z: np.ndarray, cone: np.ndarray, *, tol: float = 1e-6, rounds: 
     for _ in range(rounds):
         columns = np.stack(terms, 1)
         result = linprog(np.ones(columns.shape[1]), A_eq=columns, b_eq=z.ravel(), method="highs")
-        if result.x is None:
+        # a decomposition counts only if its terms add up to Z
+        if result.x is None or np.abs(columns @ np.maximum(result.x, 0) - z.ravel()).max() > 1e-7 * np.abs(z).max():
             break
-        upper = min(upper, float(result.fun))
+        upper = min(upper, float(np.maximum(result.x, 0).sum()))
         if upper - lower <= tol * upper:
             break
         outer = result.eqlin.marginals.reshape(z.shape)
@@ -241,8 +259,6 @@ def split(u: np.ndarray, cone: np.ndarray, steps: int = 500) -> tuple[np.ndarray
     Raises:
         ValueError: the cone has no inside, so that differences of its points need not reach u.
     """
-    from scipy.optimize import nnls
-
     values = cone @ u
     size = np.linalg.norm(u)
     if len(cone) == 0 or values.min() >= -INSIDE * size:
@@ -268,7 +284,9 @@ def split(u: np.ndarray, cone: np.ndarray, steps: int = 500) -> tuple[np.ndarray
             matrix = np.vstack([cone.T, need])
             target = np.zeros(len(matrix))
             target[-1] = 1.0
-            residual = matrix @ nnls(matrix, target, maxiter=50 * len(cone) + 100)[0] - target
+            residual = matrix @ least_squares(matrix, target)[0] - target
+            if residual[-1] >= 0:  # of a solver's answer that is none
+                break
             point = centre - size * residual[:-1] / residual[-1]
         point = point + inside * max(((bound - cone @ point) / margin).max(), 0.0)  # rounding
         value = np.linalg.norm(point) + np.linalg.norm(point - u)
@@ -314,19 +332,31 @@ def any_pattern_bound(rows: np.ndarray, weights: np.ndarray, steps: int = 100) -
 
 
 def _one_column(g: np.ndarray, cone: np.ndarray) -> Bounds:
-    sides = [
-        (float(np.linalg.norm(point)), sign, point) for sign in (1.0, -1.0) for point in [project(sign * g[:, 0], cone)]
-    ]
-    upper, sign, point = max(sides, key=lambda side: side[0])
-    if upper <= INSIDE * np.linalg.norm(g):
+    sides = [(sign, *_project(sign * g[:, 0], cone)) for sign in (1.0, -1.0)]
+    upper = max(bound for _, _, bound in sides)
+    sign, point, _ = max(sides, key=lambda side: float(np.linalg.norm(side[1])))
+    size = float(np.linalg.norm(point))
+    if size <= INSIDE * np.linalg.norm(g) or not _inside(point / size, cone):
         return Bounds(0.0, upper)
-    u = point / upper
-    return Bounds(float(sign * (g[:, 0] @ u)), upper, u, np.array([sign]))
+    u = point / size
+    lower = float(sign * (g[:, 0] @ u))
+    return Bounds(lower, max(lower, upper), u, np.array([sign])) if lower > 0 else Bounds(0.0, upper)
+
+
+def _inside(unit: np.ndarray, cone: np.ndarray) -> bool:
+    """Whether a unit vector lies in a cone of unit rows, as far as a projection can tell."""
+    return len(cone) == 0 or bool((cone @ unit).min() >= -STICKS_OUT)
 
 
 def _starts(g: np.ndarray) -> list[np.ndarray]:
     left, sigma, _ = np.linalg.svd(g, full_matrices=False)
     return [sign * vector for vector in left.T[sigma > INSIDE * sigma[0]][:3] for sign in (1.0, -1.0)]
+
+
+def _top_left(g: np.ndarray) -> tuple[float, np.ndarray]:
+    """The largest singular value of a matrix, and its left vector."""
+    left, sigma, _ = np.linalg.svd(g, full_matrices=False)
+    return float(sigma[0]), left[:, 0]
 
 
 def _top(square: np.ndarray) -> tuple[float, np.ndarray]:

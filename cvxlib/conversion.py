@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cvxlib._checks import instance, wrong_value
 from cvxlib.activations import GatedReLU, ReLU
-from cvxlib.arrangements import RESOLUTION, hyperplanes, inner_point, lifted_rows
+from cvxlib.arrangements import Hyperplanes, exact_rows, inner_point
 from cvxlib.cones import facets, split
 from cvxlib.heads import Head
 
@@ -37,21 +37,19 @@ def gated_to_relu(head: Head, tokens: Tensor) -> Head:
     mixer, tokens = head.mixer, head.mixer.check(tokens)
     us, vs, blocks = [], [], []
     for b, seen in enumerate(mixer.split(tokens.double())):
-        rows = lifted_rows(mixer, seen)
-        normals, basis = hyperplanes(rows)
+        planes = Hyperplanes(exact_rows(mixer, seen))
+        basis, normals = planes.basis, planes.normals @ planes.basis.T
         masks = head.activation.masks(mixer, seen, b).expand(
             -1, -1, *mixer.hidden(seen[:1], seen.new_zeros(1, *mixer.shape)).shape[2:]
         )
-        patterns = masks.movedim(1, -1).reshape(len(rows), -1).cpu().numpy()  # (R, P), in the order of the rows
-        size = rows.norm(dim=1).cpu().numpy()
-        seen_rows = (rows.cpu().numpy() @ basis.T)[size > RESOLUTION * size.max(initial=0.0)]
-        patterns = patterns[size > RESOLUTION * size.max(initial=0.0)]
-        seen_rows = seen_rows / np.linalg.norm(seen_rows, axis=1, keepdims=True)
+        cutting = planes.side != 0  # rows of zeros cut nothing
+        patterns = masks.movedim(1, -1).flatten(0, -2).cpu().numpy()[cutting]  # (R, P), in the order of the rows
+        rows = (planes.side[:, None] * normals[planes.plane])[cutting] if len(planes) else normals
         cones: dict[int, np.ndarray] = {}
         for j in (head.block == b).nonzero().squeeze(1).tolist():
             g = int(head.gate[j])
             if g not in cones:
-                inside = inner_point(np.where(patterns[:, g], 1.0, -1.0)[:, None] * seen_rows)
+                inside = inner_point(np.where(patterns[:, g], 1.0, -1.0)[:, None] * rows)
                 if inside is None:
                     raise wrong_value(
                         "head", "gates whose cones on these tokens have an inside", f"gate {g}, whose cone has none"

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,13 @@ class Mixer(abc.ABC):
 
     def pooled(self, tokens: Tensor, masks: Tensor) -> Contraction | None:
         """A cheaper way to pooled predictions than the hidden matrices, where this mixer has one; masks are (n, P, a, h)."""
+        return None
+
+    def exact_rows(self, tokens: np.ndarray) -> np.ndarray | None:
+        """(n a h, p) the rows that ``hidden`` multiplies u with, in the arithmetic of the tokens (n, s, d), an object array of fractions.
+
+        With them sign patterns of a ReLU are enumerated without rounding; a mixer without (``None``) has the rows that floats give.
+        """
         return None
 
     def __post_init__(self) -> None:
@@ -130,6 +138,9 @@ class SelfAttention(Mixer):
     def values(self, tokens: Tensor) -> Tensor:
         return tokens
 
+    def exact_rows(self, tokens: np.ndarray) -> np.ndarray:
+        return _pairs(tokens, tokens)
+
     def pooled(self, tokens: Tensor, masks: Tensor) -> Contraction | None:
         return mean_queries(tokens, masks, tokens, tokens)
 
@@ -147,6 +158,11 @@ class CausalSelfAttention(SelfAttention):
 
     def hidden(self, tokens: Tensor, u: Tensor) -> Tensor:
         return super().hidden(tokens, u).tril()
+
+    def exact_rows(self, tokens: np.ndarray) -> np.ndarray:
+        n, s, d = tokens.shape
+        seen = np.tri(s, dtype=int).astype(object)[None, :, :, None]
+        return (super().exact_rows(tokens).reshape(n, s, s, d * d) * seen).reshape(-1, d * d)
 
     def pooled(self, tokens: Tensor, masks: Tensor) -> Contraction | None:
         s = tokens.shape[1]
@@ -184,6 +200,9 @@ class CrossAttention(Mixer):
 
     def values(self, tokens: Tensor) -> Tensor:
         return tokens[:, self.queries :]
+
+    def exact_rows(self, tokens: np.ndarray) -> np.ndarray:
+        return _pairs(tokens[:, : self.queries], tokens[:, self.queries :])
 
     def pooled(self, tokens: Tensor, masks: Tensor) -> Contraction | None:
         keys = self.values(tokens)
@@ -225,6 +244,13 @@ class MLPMixer(Mixer):
     def values(self, tokens: Tensor) -> Tensor:
         return torch.eye(self.features, dtype=tokens.dtype, device=tokens.device).expand(len(tokens), -1, -1)
 
+    def exact_rows(self, tokens: np.ndarray) -> np.ndarray:
+        n, s, d = tokens.shape
+        rows = np.zeros((n, s, d, s, s), dtype=object)  # entry (a, j) of W X is row a of W times column j of X
+        for a in range(s):
+            rows[:, a, :, a] = tokens.transpose(0, 2, 1)
+        return rows.reshape(-1, s * s)
+
 
 @dataclass(frozen=True)
 class FNO(Mixer):
@@ -253,11 +279,19 @@ class FNO(Mixer):
         return 1
 
     def hidden(self, tokens: Tensor, u: Tensor) -> Tensor:
+        if not len(tokens) or not len(u):
+            # torch's transform of nothing fails on some versions (2.8, 2.10 and 2.14 on a CPU), its derivative on more
+            return u[:, :, :1].expand(len(tokens), -1, -1, -1)
         spectra = torch.einsum("nfd,mfd->nmf", torch.fft.rfft(tokens, dim=1), torch.fft.rfft(u, dim=1))
         return torch.fft.irfft(spectra, n=tokens.shape[1], dim=2).unsqueeze(3)
 
     def values(self, tokens: Tensor) -> Tensor:
         return tokens.new_ones(len(tokens), 1, 1)
+
+    def exact_rows(self, tokens: np.ndarray) -> np.ndarray:
+        n, s, d = tokens.shape
+        shift = np.subtract.outer(np.arange(s), np.arange(s)) % s
+        return tokens[:, shift].reshape(-1, s * d)
 
 
 def circulant_hidden(tokens: Tensor, u: Tensor) -> Tensor:
@@ -307,6 +341,7 @@ class BlockFNO(Mixer):
     width = FNO.width
     hidden = FNO.hidden
     values = FNO.values
+    exact_rows = FNO.exact_rows
 
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
         return tokens.chunk(self.blocks, dim=2)
@@ -339,6 +374,9 @@ class MLP(Mixer):
 
     def values(self, tokens: Tensor) -> Tensor:
         return tokens.new_ones(len(tokens), 1, 1)
+
+    def exact_rows(self, tokens: np.ndarray) -> np.ndarray:
+        return tokens.reshape(-1, self.features)
 
 
 @dataclass(frozen=True)
@@ -376,3 +414,12 @@ class Convolution(Mixer):
 
     def values(self, tokens: Tensor) -> Tensor:
         return torch.eye(self.width, dtype=tokens.dtype, device=tokens.device).expand(len(tokens), -1, -1)
+
+    def exact_rows(self, tokens: np.ndarray) -> np.ndarray:
+        windows = np.stack([tokens[:, k : k + self.kernel] for k in range(self.width)], 1)
+        return windows.reshape(-1, self.p)
+
+
+def _pairs(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    r"""The rows :math:`x_a \otimes y_b` of queries (n, a, d) and keys (n, h, d)."""
+    return (queries[:, :, None, :, None] * keys[:, None, :, None, :]).reshape(-1, queries.shape[2] * keys.shape[2])

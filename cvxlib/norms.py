@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvxlib.arrangements import hyperplanes
+from cvxlib.arrangements import Hyperplanes
 from cvxlib.cones import NODES, Bounds, dual_norm, facets, nuclear_norm
 
 LARGEST_EIGEN = 1024  # side of a Gram matrix whose eigenvalues are all computed
@@ -68,7 +68,7 @@ class BlockConeNorm:
     direction gives them. Values are upper bounds, which are exact where the search over a cone could be completed.
 
     Args:
-        rows: for each block b of the mixer, its stacked data (R_b, p).
+        rows: for each block b of the mixer, its stacked data (R_b, p), as :class:`cvxlib.arrangements.Hyperplanes` takes them.
         directions: (K, p) a direction inside each cone.
         block: (K,) the mixer's block that each lifted block belongs to.
         nodes: limit on the faces of one cone that a search may open.
@@ -76,10 +76,11 @@ class BlockConeNorm:
     Source: Sahiner et al. 2022, section 3; book, chapter "ReLU and its cones".
     """
 
-    def __init__(self, rows: list[Tensor], directions: Tensor, block: Tensor, nodes: int = NODES) -> None:
-        self._planes = [hyperplanes(part) for part in rows]
+    def __init__(self, rows: list[np.ndarray], directions: Tensor, block: Tensor, nodes: int = NODES) -> None:
+        self._planes = [Hyperplanes(part) for part in rows]
         self.block = block.tolist()
         self._directions = directions.detach().double().cpu().numpy()
+        self._signs = [self._planes[b].signs_at(u) for b, u in zip(self.block, self._directions, strict=True)]
         self._cones: dict[int, np.ndarray] = {}
         self.nodes = nodes
 
@@ -95,10 +96,11 @@ class BlockConeNorm:
         """(m,) the lifted blocks in whose cones the vectors (m, p), of the given mixer's blocks (m,), lie (or come closest to lying)."""
         found = []
         for vector, b in zip(u.detach().double().cpu().numpy(), block.tolist(), strict=True):
-            normals, basis = self._planes[b]
             mine = [k for k, owner in enumerate(self.block) if owner == b]
-            signs = np.sign(self._directions[mine] @ basis.T @ normals.T)
-            found.append(mine[int((signs * (normals @ (basis @ vector))).min(1).argmax())])
+            signs = np.array([self._signs[k] for k in mine])
+            # a block whose data are all zero has one cone, which is everything
+            inside = (signs * (self._planes[b].normals @ vector)).min(1, initial=np.inf)
+            found.append(mine[int(inside.argmax())])
         return torch.tensor(found, dtype=torch.long, device=u.device)
 
     def value(self, z: Tensor) -> Tensor:
@@ -136,13 +138,17 @@ class BlockConeNorm:
         """
         matrices = g.detach().double().cpu().numpy()
         spectral = np.linalg.norm(matrices, 2, axis=(1, 2)) if len(matrices) else np.zeros(0)
+        spectral = spectral * (1 + 4 * max(g.shape[1:]) * np.finfo(float).eps)
         best, upper, terms = 0.0, 0.0, []
         for k in np.argsort(-spectral):
             if spectral[k] <= max(best, np.finfo(float).tiny):
                 break
             basis = self._basis(k)
-            found = dual_norm(basis @ matrices[k], self._facets(k), floor=best, nodes=self.nodes)
-            upper = max(upper, min(found.upper, float(spectral[k])))
+            inside = basis @ matrices[k]
+            found = dual_norm(inside, self._facets(k), floor=best, nodes=self.nodes)
+            # G lies in the span of the rows, to rounding: what the basis leaves of it counts in full
+            outside = float(np.linalg.norm(matrices[k] - basis.T @ inside))
+            upper = max(upper, min(found.upper + outside, float(spectral[k])))
             if found.u is not None:
                 best = max(best, found.lower)
                 if found.lower > threshold:
@@ -150,12 +156,13 @@ class BlockConeNorm:
         return Bounds(best, max(upper, best)), sorted(terms, key=lambda term: -term[0])
 
     def _basis(self, k: int) -> np.ndarray:
-        return self._planes[self.block[k]][1]
+        return self._planes[self.block[k]].basis
 
     def _facets(self, k: int) -> np.ndarray:
         if k not in self._cones:
-            normals, basis = self._planes[self.block[k]]
-            self._cones[k] = facets(np.sign(normals @ (basis @ self._directions[k]))[:, None] * normals)
+            planes = self._planes[self.block[k]]
+            normals = planes.normals @ planes.basis.T
+            self._cones[k] = facets(self._signs[k][:, None] * normals)
         return self._cones[k]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cvxlib._checks import instance, positive_float, require
 from cvxlib.activations import Activation, ReLU
-from cvxlib.arrangements import lifted_rows, lifted_weights
+from cvxlib.arrangements import exact_rows, lifted_rows, lifted_weights
 from cvxlib.cones import any_pattern_bound
 from cvxlib.factored import FactoredOperator
 from cvxlib.heads import Head
@@ -141,7 +141,7 @@ class ConvexProgram:
         """The norm of the lifted blocks that the weight decay becomes."""
         if not isinstance(self.activation, ReLU):
             return BlockNuclearNorm()
-        rows = [lifted_rows(self.mixer, seen.double()) for seen in self.mixer.split(self.tokens)]
+        rows = [exact_rows(self.mixer, seen) for seen in self.mixer.split(self.tokens)]
         directions = self.gates.directions.reshape(self.gates.count, self.mixer.blocks, self.mixer.p)
         return BlockConeNorm(rows, directions[self.operator.gate, self.operator.block], self.operator.block)
 

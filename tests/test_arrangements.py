@@ -1,6 +1,7 @@
 """Sign patterns: exact counts in general and degenerate position, against Cover's formula and against brute force."""
 
 import itertools
+import types
 
 import numpy as np
 import pytest
@@ -8,7 +9,15 @@ import torch
 from scipy.optimize import linprog
 
 import cvxlib
-from cvxlib.arrangements import cover_count, enumerate_patterns, lifted_rows, lifted_weights, sample_patterns
+from cvxlib.arrangements import (
+    cover_count,
+    enumerate_patterns,
+    exact_rows,
+    lifted_rows,
+    lifted_weights,
+    sample_patterns,
+)
+from cvxlib.nonnegative import is_optimal, least_squares
 
 
 def normal(seed, *shape):
@@ -49,20 +58,32 @@ def test_cover_count_by_hand():
     assert cover_count(5, 9) == 2**5
 
 
-X = normal(7, 4, 3)
+def short(seed, *shape):
+    """Numbers of few digits, whose products are exact: rows made of them are dependent in exact arithmetic."""
+    return (64 * normal(seed, *shape)).round() / 64
+
+
+X = short(7, 4, 3)
+
+
+def fractions(mixer, tokens):
+    """Stacked data that floats hold exactly, from the mixer's own exact rows."""
+    return torch.as_tensor(exact_rows(mixer, tokens).astype(float))
+
+
 DEGENERATE = {
     "repeated": X[[0, 1, 1, 2, 0]],
     "antipodal": torch.stack([X[0], -X[0], X[1], -2 * X[1], X[2]]),
     "zero": torch.cat([X[:2], torch.zeros(2, 3, dtype=torch.float64), X[2:]]),
     "all zero": torch.zeros(3, 2, dtype=torch.float64),
-    "rank 2 of 3": X[:, :2] @ normal(8, 2, 3),
-    "rank 1 of 3": X[:, :1] @ normal(8, 1, 3),
+    "rank 2 of 3": X[:, :2] @ short(8, 2, 3),
+    "rank 1 of 3": X[:, :1] @ short(8, 1, 3),
     "three through a line": torch.stack([X[0], X[1], X[0] + X[1], X[0] - 2 * X[1], X[2]]),
     "fewer rows than columns": normal(9, 3, 5),
-    "attention": lifted_rows(cvxlib.SelfAttention(2, 1), normal(3, 2, 2, 2)),
-    "attention, repeated token": lifted_rows(cvxlib.SelfAttention(2, 1), normal(3, 2, 1, 2).expand(2, 2, 2)),
-    "causal attention": lifted_rows(cvxlib.CausalSelfAttention(2, 1), normal(4, 2, 2, 2)),
-    "FNO": lifted_rows(cvxlib.FNO(2, 1, 1), torch.cat([normal(5, 3, 2, 1), torch.ones(1, 2, 1).double()])),
+    "attention": lifted_rows(cvxlib.SelfAttention(2, 1), short(3, 2, 2, 2)),
+    "attention, repeated token": lifted_rows(cvxlib.SelfAttention(2, 1), short(3, 2, 1, 2).expand(2, 2, 2)),
+    "causal attention": lifted_rows(cvxlib.CausalSelfAttention(2, 1), short(4, 2, 2, 2)),
+    "FNO": fractions(cvxlib.FNO(2, 1, 1), torch.cat([short(5, 3, 2, 1), torch.ones(1, 2, 1).double()])),
 }
 
 
@@ -106,6 +127,87 @@ def test_limit_stops_the_search_with_genuine_patterns():
     assert as_signs(found, rows) <= as_signs(enumerate_patterns(rows), rows)
     with pytest.raises(ValueError, match="activation: expected a ReLU with few enough sign patterns"):
         cvxlib.ReLU(limit=100).gates(cvxlib.MLP(4, 1), rows.unsqueeze(1))
+
+
+@pytest.mark.parametrize(
+    "rows, count",
+    [
+        ([[1.0, 0.0], [1.0, 1e-11], [0.0, 1.0]], 6),
+        ([[1e10, 1.0], [1e10, -1.0], [2e10, 0.5]], 6),
+        ([[1e6, 0.0], [0.0, 1e-5]], 4),
+        ([[1e300, 1e-300], [1e-300, 1e300], [1.0, 1.0]], 6),
+        (
+            [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0 + 2**-52], [1.0, 1.0 + 2**-52, 1.0], [0.0, 0.0, 5e-324]],
+            12,
+        ),  # rows 1, 2 and 4 share a line
+    ],
+)
+def test_no_row_is_too_small_and_no_two_are_too_close(rows, count):
+    found = enumerate_patterns(torch.tensor(rows, dtype=torch.float64))
+    assert found.complete and len(found) == len(found.patterns.unique(dim=0)) == count
+
+
+def lies(matrix, target, maxiter=None):
+    """A non-negative least squares solver that is wrong."""
+    return np.full(matrix.shape[1], 0.3), 0.0
+
+
+def test_a_solver_that_lies_changes_no_pattern_and_no_bound(monkeypatch):
+    rows, tokens = normal(40, 12, 3), normal(2, 6, 1, 2)
+    truth = enumerate_patterns(rows)
+    program = cvxlib.ConvexProgram(
+        cvxlib.MLP(2, 1), cvxlib.ReLU(), cvxlib.SquaredLoss(), tokens, normal(3, 6, 1), beta=0.05
+    )
+    honest = cvxlib.solve(program, tol=1e-6)
+    monkeypatch.setattr("scipy.optimize.nnls", lies)
+    found = enumerate_patterns(rows)
+    assert found.complete and torch.equal(found.patterns, truth.patterns)
+    fresh = cvxlib.ConvexProgram(
+        program.mixer, program.activation, program.loss, program.tokens, program.targets, program.beta
+    )
+    fooled = cvxlib.solve(fresh, tol=1e-6)
+    assert fooled.certificate.dual <= honest.certificate.primal * (1 + 1e-9)
+    monkeypatch.setattr(
+        "scipy.optimize.lsq_linear", lambda *args, **options: types.SimpleNamespace(x=lies(args[0], 0)[0])
+    )
+    found = enumerate_patterns(rows)
+    assert found.complete and torch.equal(found.patterns, truth.patterns)
+    fresh = cvxlib.ConvexProgram(
+        program.mixer, program.activation, program.loss, program.tokens, program.targets, program.beta
+    )
+    fooled = cvxlib.solve(fresh, tol=1e-6)
+    assert fooled.certificate.dual <= honest.certificate.primal * (1 + 1e-9)
+    assert fooled.status is not cvxlib.Status.EXACT or fooled.certificate.relative_gap <= 1e-6
+
+
+def test_wrong_answers_of_least_squares_are_seen():
+    rng = np.random.default_rng(0)
+    for size in ((3, 5), (6, 4), (8, 40)):
+        matrix, target = rng.standard_normal(size), rng.standard_normal(size[0])
+        weights, optimal = least_squares(matrix, target)
+        assert optimal and is_optimal(matrix, target, weights)
+        assert not is_optimal(matrix, target, weights + 0.01)
+        assert not is_optimal(matrix, target, np.zeros(size[1]))
+
+
+EXACT = [
+    cvxlib.SelfAttention(2, 3),
+    cvxlib.CausalSelfAttention(2, 2),
+    cvxlib.CrossAttention(2, 2, queries=2),
+    cvxlib.MLPMixer(4, 2, 2),
+    cvxlib.FNO(4, 2, 2),
+    cvxlib.BlockFNO(4, 2, 2, blocks=2),
+    cvxlib.MLP(2, 2),
+    cvxlib.Convolution(4, 2, 2, kernel=3),
+]
+
+
+@pytest.mark.parametrize("mixer", EXACT, ids=repr)
+def test_exact_rows_are_the_stacked_data(mixer):
+    for seen in mixer.split(normal(5, 3, 4, 2)):
+        rows = exact_rows(mixer, seen)
+        assert rows.dtype == object
+        assert torch.allclose(torch.as_tensor(rows.astype(float)), lifted_rows(mixer, seen), rtol=1e-13, atol=1e-14)
 
 
 MIXERS = [

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import cvxlib
-from cvxlib.arrangements import lifted_rows
+from cvxlib.arrangements import exact_rows
 from cvxlib.cones import any_pattern_bound, dual_norm, facets, lagrangian_bound, nuclear_norm, project, split
 from cvxlib.norms import BlockConeNorm
 
@@ -161,7 +161,7 @@ def test_block_norm_takes_the_worst_block_and_finds_its_term():
         torch.randn(7, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
     )
     gates = cvxlib.ReLU().gates(mixer, rows)
-    norm = BlockConeNorm([lifted_rows(mixer, rows)], gates.directions, torch.zeros(gates.count, dtype=torch.long))
+    norm = BlockConeNorm([exact_rows(mixer, rows)], gates.directions, torch.zeros(gates.count, dtype=torch.long))
     g = torch.randn(gates.count, 2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     each = [dual_norm(g[k].numpy(), norm.cone(k)).upper for k in range(gates.count)]
     bounds, terms = norm.search(g)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cvxlib.arrangements import hyperplanes, inner_point, lifted_rows
+from cvxlib.arrangements import Hyperplanes, exact_rows, inner_point
 from cvxlib.heads import Head
 from cvxlib.lifting import block_design
 from cvxlib.programs import ConvexProgram
@@ -139,8 +139,7 @@ class _Search:
     @functools.cached_property
     def planes(self) -> list[np.ndarray]:
         """For each block of the mixer the unit normals (N, p) of its hyperplanes."""
-        pairs = [hyperplanes(lifted_rows(self.program.mixer, seen)) for seen in self.tokens]
-        return [normals @ basis for normals, basis in pairs]
+        return [Hyperplanes(exact_rows(self.program.mixer, seen)).normals for seen in self.tokens]
 
     def polishable(self, m: int) -> bool:
         """Whether m neurons and their walls are few enough for Newton's method."""
