@@ -171,8 +171,9 @@ class ReLU(Activation):
 def _apart(mixer: Mixer, tokens: Tensor, directions: Tensor, patterns: Tensor) -> bool:
     """Whether the hidden entries of directions (P, ...) have the signs of the patterns (P, R), and not by rounding alone."""
     hidden = mixer.hidden(tokens, directions)
-    # what the entries would be if nothing cancelled bounds what rounding can change
-    size = mixer.hidden(tokens.abs(), directions.abs()).abs()
-    hidden, size = (entries.transpose(0, 1).flatten(1) for entries in (hidden, size))
+    # what a sample's entries would be if nothing cancelled bounds what rounding can change, also where a transform mixes them
+    size = mixer.hidden(tokens.abs(), directions.abs()).abs().amax((2, 3), keepdim=True)
     clear = hidden.abs() > 64 * mixer.p * torch.finfo(tokens.dtype).eps * size
-    return bool((((hidden > 0) == patterns) & clear | (size == 0)).all())
+    blind = mixer.hidden(tokens.abs(), torch.ones_like(directions[:1])) == 0  # rows of zeros are 0 exactly
+    matches = (hidden >= 0) == patterns.reshape(len(patterns), len(tokens), *hidden.shape[2:]).transpose(0, 1)
+    return bool((matches & (clear | blind)).all())

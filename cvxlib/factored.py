@@ -129,11 +129,7 @@ class FactoredOperator:
 
     def _pooled(self, seen: Tensor, b: int) -> Contraction | None:
         """The mixer's own contraction, unless it was inherited from a class whose hidden matrices are others."""
-        ancestors = type(self.mixer).__mro__
-        depth = {
-            name: next(i for i, c in enumerate(ancestors) if name in vars(c)) for name in ("pooled", "hidden", "values")
-        }
-        if depth["pooled"] > min(depth["hidden"], depth["values"]):
+        if not self.mixer.written_for_its_maps("pooled"):
             return None
         return self.mixer.pooled(seen, self._masks(seen, b))
 

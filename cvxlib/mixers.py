@@ -69,6 +69,14 @@ class Mixer(abc.ABC):
         """
         return None
 
+    def written_for_its_maps(self, shortcut: str) -> bool:
+        """Whether a method that says again what ``hidden`` and ``values`` say was not inherited past another ``hidden`` or ``values``."""
+        ancestors = type(self).__mro__
+        depth = {
+            name: next(i for i, c in enumerate(ancestors) if name in vars(c)) for name in (shortcut, "hidden", "values")
+        }
+        return depth[shortcut] <= min(depth["hidden"], depth["values"])
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             positive_int(field.name, getattr(self, field.name))
@@ -289,7 +297,7 @@ class FNO(Mixer):
         return tokens.new_ones(len(tokens), 1, 1)
 
     def exact_rows(self, tokens: np.ndarray) -> np.ndarray:
-        n, s, d = tokens.shape
+        _, s, d = tokens.shape
         shift = np.subtract.outer(np.arange(s), np.arange(s)) % s
         return tokens[:, shift].reshape(-1, s * d)
 

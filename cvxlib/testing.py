@@ -7,6 +7,7 @@ the maps are what they claim to be. Each check below holds one claim to the ligh
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import numbers
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ def check_mixer(mixer: Mixer, tokens: Tensor) -> None:
 
     Checked are: the declared sizes; that ``hidden`` and ``values`` have the shapes, dtype and device they should, repeat themselves,
     and treat every sample and every head by itself; that ``hidden`` is linear in u; that the lifted operator equals the network, its
-    adjoint is its adjoint, and autograd gives the same adjoint; that beta_max is critical; that a small solve is certified, that the
+    adjoint is its adjoint, and autograd gives the same adjoint; that a head without neurons breaks nothing; that beta_max is critical; that a small solve is certified, that the
     recovered network has the program's objective, and that certificates are sound, with both losses, pooled and per token.
 
     Args:
@@ -210,6 +211,35 @@ def check_adjoint(mixer: Mixer, tokens: Tensor) -> None:
             )
 
 
+def check_nothing(mixer: Mixer, tokens: Tensor) -> None:
+    """Nothing breaks on nothing: a head without neurons predicts 0, has gradients, is certified, and every contraction takes it."""
+    u, v = (tokens.new_zeros(0, *shape) for shape in (mixer.shape, (mixer.width, mixer.block_outputs)))
+    none = torch.zeros(0, dtype=torch.long, device=tokens.device)
+    for program in _programs(mixer, tokens, losses=1):
+        head = Head(mixer, program.activation, u, v, none, none, program.pool)
+        predictions = _attempt(f"a head without neurons ({_case(program)})", functools.partial(head, tokens))
+        _expect(
+            predictions.numel() == len(program.rows) * mixer.outputs and not bool(predictions.detach().any()),
+            f"a head without neurons must predict 0 everywhere, but gives {_form(predictions)} ({_case(program)})",
+        )
+        total = predictions.sum() + head.weight_decay()
+        _attempt(f"the gradient of a head without neurons ({_case(program)})", total.backward)
+        residual = program.loss.gradient(predictions.detach().reshape(-1, mixer.outputs), program.rows)
+        for way in program.factored.every_way():
+            where = f"{way.path} without neurons ({_case(program)})"
+            zero = _attempt(where, functools.partial(way.predictions, u.flatten(1), v, none.cpu()))
+            _expect(not bool(zero.any()), f"{where} must predict 0")
+            arguments = (u.flatten(1), v, none.cpu(), residual)
+            gradients = _attempt(f"the gradient of {where}", functools.partial(way.gradients, *arguments))
+            _expect(all(part.numel() == 0 for part in gradients), f"the gradient of {where} must be empty")
+        audit = _attempt("certify without neurons", functools.partial(certify, program, head))
+        objective = program.objective(program.operator.zeros())
+        _expect(
+            abs(audit.primal - objective) <= ROUNDING * objective,
+            f"a head without neurons must have the objective of Z = 0, {objective:.10g}, but has {audit.primal:.10g}",
+        )
+
+
 # the program, its solution and the certificates
 
 
@@ -228,6 +258,10 @@ def check_beta_max(mixer: Mixer, tokens: Tensor) -> None:
         _expect(
             above.rank == 0 and above.objective == zero,
             f"the solution at beta >= beta_max must be 0, but has {above.rank} heads ({_case(program)})",
+        )
+        predictions = _attempt("the head of the zero solution", functools.partial(above.head(), program.tokens))
+        _expect(
+            not bool(predictions.detach().any()), f"the head of the zero solution must predict 0 ({_case(program)})"
         )
         below = solve(program.with_beta(0.9 * critical), tol=TOL, progress=False)
         _expect(
@@ -290,6 +324,7 @@ CHECKS: tuple[Callable[[Mixer, Tensor], None], ...] = (
     check_linearity,
     check_lifting,
     check_adjoint,
+    check_nothing,
     check_beta_max,
     check_solution,
 )

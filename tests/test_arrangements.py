@@ -210,6 +210,25 @@ def test_exact_rows_are_the_stacked_data(mixer):
         assert torch.allclose(torch.as_tensor(rows.astype(float)), lifted_rows(mixer, seen), rtol=1e-13, atol=1e-14)
 
 
+class Reversed(cvxlib.SelfAttention):
+    """Other hidden matrices than those that the inherited exact rows say again."""
+
+    def hidden(self, tokens, u):
+        return super().hidden(tokens.flip(2), u)
+
+
+class Wrong(Reversed):
+    def exact_rows(self, tokens):
+        return super().exact_rows(tokens)
+
+
+def test_exact_rows_of_other_maps_are_not_used_and_wrong_ones_are_refused():
+    tokens = normal(6, 2, 3, 2)
+    assert np.array_equal(exact_rows(Reversed(2, 1), tokens), lifted_rows(Reversed(2, 1), tokens).numpy())
+    with pytest.raises(ValueError, match="mixer: expected exact_rows to be the rows that hidden multiplies u with"):
+        exact_rows(Wrong(2, 1), tokens)
+
+
 MIXERS = [
     cvxlib.SelfAttention(2, 3),
     cvxlib.MLPMixer(3, 2, 2),

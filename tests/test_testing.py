@@ -149,6 +149,25 @@ class Refusing(Sound):
         raise ValueError("not these tokens")
 
 
+class FailsBackward(torch.autograd.Function):
+    """The identity, with a derivative that does not take an empty batch."""
+
+    @staticmethod
+    def forward(ctx, hidden):
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if gradient.numel() == 0:
+            raise RuntimeError("empty batch")
+        return gradient
+
+
+class NoHeadsBackward(Sound):
+    def hidden(self, tokens, u):
+        return FailsBackward.apply(super().hidden(tokens, u))
+
+
 WRONG = {
     NonlinearHidden: "hidden must be linear in u, but hidden(a u + b w) differs",
     AffineHidden: "hidden must be linear in u, but is not 0 at u = 0",
@@ -162,6 +181,7 @@ WRONG = {
     ShapeNotTuple: "shape must be a tuple of whole numbers of at least 1, the shape of one u, but is 2",
     ShapeTooLong: "hidden(tokens, u) for tokens (5, 4, 2) and u (3, 3) must not fail, but raised RuntimeError",
     NoHeads: "hidden(tokens, u) for tokens (5, 4, 2) and u (0, 2) must not fail, but raised RuntimeError",
+    NoHeadsBackward: "the gradient of a head without neurons (linear, SquaredLoss(), pooled) must not fail",
     CutOff: "hidden must be differentiable in u",
     HalfCutOff: "autograd through hidden must give the adjoint of the lifted operator",
     NoisyHidden: "hidden must repeat itself",

@@ -193,6 +193,9 @@ class _Search:
         """Drop the neurons that have died, balance the others, and note the cone that each lies in."""
         long, wide = neurons.u.norm(dim=1), neurons.v.norm(dim=1)
         alive = long * wide > cut * max(float((long * wide).amax()) if len(neurons) else 0.0, 1e-300)
+        # where a block's tokens are all zero there is nothing to see, and no cone to be held in
+        sees = torch.tensor([bool(seen.any()) for seen in self.tokens], device=alive.device)
+        alive &= sees[neurons.block]
         root = (wide[alive] / long[alive]).sqrt().unsqueeze(1)
         u, v, block = neurons.u[alive] * root, neurons.v[alive] / root, neurons.block[alive]
         if neurons.inside is not None:
