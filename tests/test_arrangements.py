@@ -8,7 +8,8 @@ import torch
 from scipy.optimize import linprog
 
 import cvxlib
-from cvxlib.arrangements import cover_count, enumerate_patterns, lifted_rows, lifted_weights, sample_patterns
+from cvxlib.geometry.arrangements import cover_count, enumerate_patterns, sample_patterns
+from cvxlib.model.stacked import lifted_rows, lifted_weights
 
 
 def normal(seed, *shape):

@@ -11,6 +11,6 @@ processes. Each of them ends with the same certified solution, and with its own 
 """
 
 from cvxlib.parallel.processes import Processes
-from cvxlib.parallel.programs import ShardedProgram, shard
+from cvxlib.parallel.sharded import ShardedProgram, shard
 
 __all__ = ["Processes", "ShardedProgram", "shard"]
