@@ -108,6 +108,11 @@ def test_no_modules_import_each_other():
     assert circular() == []
 
 
+def test_every_import_is_of_a_module_that_exists():
+    """In this tree: another installed copy of the package must not lend a module that has gone."""
+    assert not set().union(*arrows().values()) - set(modules())
+
+
 def test_relative_imports_are_not_used():
     """The walk above reads absolute imports alone."""
     trees = [ast.parse(path.read_text()) for path in modules().values()]

@@ -1,4 +1,7 @@
-"""Solvers of convex programs, one file each, behind one door."""
+"""Solvers of convex programs, one file each, behind one door.
+
+The AdamW baseline that they are compared with is here too. May import everything from the ground to ``parallel``.
+"""
 
 from __future__ import annotations
 
