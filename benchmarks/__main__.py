@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _draw(finished: list[dict], folder: Path) -> None:
     """Plots of the bars and of the fits, where there are any."""
-    from cvxlib import figures
+    from cvxlib.workflow import figures
 
     judged = {f"{r['problem']}: {b['what']}": b for r in finished for b in r["bars"] if b["measured"]}
     if judged:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import cvxlib
 from benchmarks.bars import pick
-from cvxlib.recovery import factor
+from cvxlib.program.recovery import factor
 from cvxlib.solvers import training
 
 
@@ -127,7 +127,7 @@ def cvxpy(program: cvxlib.ConvexProgram, earlier: Sequence[dict], solver: str, *
     """A conic solver through CVXPY; the time is that of ``Problem.solve``, and the lifted matrix is kept."""
     import cvxpy as cp
 
-    from cvxlib.solvers import reference
+    from cvxlib.audit import reference
 
     kept = {}
 

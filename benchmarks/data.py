@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cvxlib
-from cvxlib.certify import predict
+from cvxlib.audit.certificates import predict
 
 #: samples drawn at a time
 CHUNK = 500

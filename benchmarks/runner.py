@@ -15,7 +15,7 @@ from time import perf_counter
 
 from benchmarks import report
 from benchmarks.problems import Problem
-from cvxlib.provenance import provenance, write_json
+from cvxlib.ground.provenance import provenance, write_json
 
 ROOT = Path(__file__).parent.parent
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")

@@ -14,8 +14,8 @@ import torch
 
 import cvxlib
 from benchmarks.problems import Competitor, Problem, problems
-from cvxlib.certify import predict
-from cvxlib.provenance import write_json
+from cvxlib.audit.certificates import predict
+from cvxlib.ground.provenance import write_json
 
 
 def main(job: str, result: str) -> None:

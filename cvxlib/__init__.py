@@ -1,11 +1,17 @@
 """Convex duals of attention heads: global optima, and certificates for any trained head."""
 
-from cvxlib.activations import Activation, GatedReLU, Linear, ReLU
-from cvxlib.certify import certify
-from cvxlib.conversion import gated_to_relu
-from cvxlib.heads import Head
-from cvxlib.losses import CrossEntropy, Loss, SquaredLoss
-from cvxlib.mixers import (
+import importlib
+
+from cvxlib import _moved
+from cvxlib.audit.certificates import certify
+from cvxlib.audit.screening import screen
+from cvxlib.geometry.norms import BlockNuclearNorm
+from cvxlib.ground.provenance import VERSION as __version__  # noqa: F401
+from cvxlib.model.activations import Activation, GatedReLU, Linear, ReLU
+from cvxlib.model.conversion import gated_to_relu
+from cvxlib.model.heads import Head
+from cvxlib.model.losses import CrossEntropy, Loss, SquaredLoss
+from cvxlib.model.mixers import (
     FNO,
     MLP,
     BlockFNO,
@@ -17,16 +23,13 @@ from cvxlib.mixers import (
     SelfAttention,
     circulant_hidden,
 )
-from cvxlib.norms import BlockNuclearNorm
-from cvxlib.path import path
-from cvxlib.programs import ConvexProgram
-from cvxlib.recovery import factor
-from cvxlib.screening import screen
-from cvxlib.solution import Certificate, Factors, Solution, Status
+from cvxlib.program.certificate import Certificate, Factors, Status
+from cvxlib.program.program import ConvexProgram
+from cvxlib.program.recovery import factor
+from cvxlib.program.solution import Solution
 from cvxlib.solvers import solve
-from cvxlib.storage import load, save
-
-__version__ = "0.1.0"
+from cvxlib.workflow.regularisation import path
+from cvxlib.workflow.storage import load, save
 
 __all__ = [
     "FNO",
@@ -67,11 +70,16 @@ __all__ = [
 _ESTIMATORS = ("ConvexHeadClassifier", "ConvexHeadRegressor")
 
 
-def __getattr__(name: str) -> type:
+_moved.install()
+
+
+def __getattr__(name: str) -> object:
     if name in _ESTIMATORS:
-        from cvxlib import estimators
+        from cvxlib.workflow import estimators
 
         return getattr(estimators, name)
+    if f"{__name__}.{name}" in _moved.MOVED:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

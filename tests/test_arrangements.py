@@ -9,15 +9,9 @@ import torch
 from scipy.optimize import linprog
 
 import cvxlib
-from cvxlib.arrangements import (
-    cover_count,
-    enumerate_patterns,
-    exact_rows,
-    lifted_rows,
-    lifted_weights,
-    sample_patterns,
-)
-from cvxlib.nonnegative import is_optimal, least_squares
+from cvxlib.geometry.arrangements import cover_count, enumerate_patterns, sample_patterns
+from cvxlib.geometry.nonnegative import is_optimal, least_squares
+from cvxlib.model.stacked import exact_rows, lifted_rows, lifted_weights
 
 
 def normal(seed, *shape):

@@ -5,7 +5,7 @@ import torch
 from family import LOSSES, POOLS, build, name, normal, program
 
 import cvxlib
-from cvxlib.baselines import LinearHead, SoftmaxAttention
+from cvxlib.model.baselines import LinearHead, SoftmaxAttention
 from cvxlib.solvers.training import train
 
 TOKENS = normal(5, 4, 2)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import cvxlib
-from cvxlib.arrangements import exact_rows
-from cvxlib.cones import any_pattern_bound, dual_norm, facets, lagrangian_bound, nuclear_norm, project, split
-from cvxlib.norms import BlockConeNorm
+from cvxlib.geometry.cones import any_pattern_bound, dual_norm, facets, lagrangian_bound, nuclear_norm, project, split
+from cvxlib.geometry.norms import BlockConeNorm
+from cvxlib.model.stacked import exact_rows
 
 SIZES = [
     (1, 2, 1),

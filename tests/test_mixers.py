@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cvxlib
-from cvxlib.certify import certify
+from cvxlib.audit.certificates import certify
 from cvxlib.testing import check_mixer, network_objective
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -337,7 +337,7 @@ def test_the_dual_bound_never_exceeds_the_optimum(instance):
 @given(instances())
 def test_the_dual_bound_never_exceeds_the_optimum_of_cvxpy(instance):
     pytest.importorskip("cvxpy")
-    from cvxlib.solvers import reference
+    from cvxlib.audit import reference
 
     case, scale, seed = instance
     optimum = reference.solve(case)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cvxlib import BlockNuclearNorm
-from cvxlib.norms import top_singular
+from cvxlib.geometry.norms import top_singular
 
 NORM = BlockNuclearNorm()
 
@@ -57,7 +57,7 @@ def test_spectral_norms_of_large_blocks_are_bounds_from_above(monkeypatch):
     equal = left * values @ right[:200].mT
     g = torch.stack([equal, blocks(3, 1, 300, 200)[0], torch.zeros_like(left)])
     exact = torch.linalg.svdvals(g)[:, 0]
-    monkeypatch.setattr("cvxlib.norms.LARGEST_EIGEN", 100)
+    monkeypatch.setattr("cvxlib.geometry.norms.LARGEST_EIGEN", 100)
     for stack in (g, g.mT):
         bound = NORM.spectral(stack)
         assert (bound >= exact).all() and (bound <= exact * (1 + 1e-4)).all()

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cvxlib
-from cvxlib.path import Path
-from cvxlib.screening import restrict
+from cvxlib.audit.screening import restrict
+from cvxlib.workflow.regularisation import Path
 
 
 def gated(loss=LOSSES[1], gates=8, samples=12, seed=0, mixer=None, fraction=0.3):

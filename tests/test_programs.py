@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import cvxlib
-from cvxlib.lifting import block_design
-from cvxlib.operators import DesignMap, MaskedMap
+from cvxlib.operators.lifted import block_design
+from cvxlib.operators.maps import DesignMap, MaskedMap
 
 N, S, D, C = 6, 3, 4, 2
 MIXER = cvxlib.SelfAttention(features=D, outputs=C)
@@ -131,7 +131,7 @@ def test_at_beta_max_zero_is_certified_exactly():
 
 @pytest.mark.parametrize("mixer", [cvxlib.MLP(D, C), cvxlib.FNO(S, D, C)])
 def test_gates_that_mask_rows_share_one_design_tensor(mixer, monkeypatch):
-    monkeypatch.setattr("cvxlib.operators.PRODUCTS", 50)  # in several parts
+    monkeypatch.setattr("cvxlib.operators.maps.PRODUCTS", 50)  # in several parts
     gates = cvxlib.GatedReLU.sample(mixer, 3, seed=0)
     program = make(mixer=mixer, activation=gates, targets=torch.arange(N * S).reshape(N, S) % C, pool=None)
     operator, (mine,) = program.operator, program.operator.maps

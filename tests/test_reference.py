@@ -6,7 +6,7 @@ from family import EVERY_CASE, MIXERS, name, program
 import cvxlib
 
 pytest.importorskip("cvxpy")
-from cvxlib.solvers import reference
+from cvxlib.audit import reference
 
 
 def relative(one, other):

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linprog
 
 import cvxlib
-from cvxlib.solution import Status
+from cvxlib.program.certificate import Status
 
 SQUARED, ENTROPY = cvxlib.SquaredLoss(), cvxlib.CrossEntropy()
 
@@ -118,7 +118,7 @@ def test_attention_with_two_features_is_bracketed_by_cone_programs():
 
 def train_many(program, starts=1000, width=5, steps=400, seed=0):
     """The objectives of many random-start trainings side by side, by Adam with a falling step size."""
-    from cvxlib.arrangements import lifted_rows, lifted_weights
+    from cvxlib.model.stacked import lifted_rows, lifted_weights
 
     mixer, n = program.mixer, program.samples
     rows = lifted_rows(mixer, program.tokens)
@@ -272,7 +272,7 @@ def test_gated_networks_become_relu_networks(name):
     assert len(relu) <= 2 * len(head)
     # each neuron costs |u+| + |u-| times |v|, which is at least what it cost before where no row is blind to u
     balanced = float((head.u.detach().flatten(1).norm(dim=1) * head.v.detach().flatten(1).norm(dim=1)).sum())
-    if mixer.p <= len(cvxlib.arrangements.lifted_rows(mixer, mixer.split(tokens)[0])) and name != "block FNO":
+    if mixer.p <= len(cvxlib.model.stacked.lifted_rows(mixer, mixer.split(tokens)[0])) and name != "block FNO":
         assert float(relu.weight_decay().detach()) >= balanced * (1 - 1e-9)
 
 
@@ -298,7 +298,7 @@ def test_a_cone_without_an_inside_is_a_clear_error():
 
 def test_without_stacked_data_there_is_an_upper_bound_only(monkeypatch):
     mixer, tokens, targets, loss = CASES["MLP"]
-    monkeypatch.setattr(cvxlib.programs, "LARGEST_STACK", 5)
+    monkeypatch.setattr(cvxlib.program.program, "LARGEST_STACK", 5)
     program = cvxlib.ConvexProgram(mixer, cvxlib.ReLU(), loss, tokens, targets, 0.01)
     solution = cvxlib.solve(program)
     assert solution.status is Status.UPPER_BOUND and solution.certificate.dual == 0 < solution.objective

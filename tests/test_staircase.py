@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cvxlib
-from cvxlib.factored import FactoredOperator
+from cvxlib.operators.factored import FactoredOperator
 from cvxlib.solvers import descent, staircase
 from cvxlib.solvers.cost import choose
 
@@ -127,8 +127,8 @@ def test_memory_makes_no_difference(gates, tmp_path, monkeypatch):
     numpy = pytest.importorskip("numpy")
     file = tmp_path / "tokens.npy"
     numpy.save(file, program.tokens.numpy())
-    monkeypatch.setattr("cvxlib.factored.MEMORY", 1000)
-    monkeypatch.setattr("cvxlib.contractions.WORKSPACE", 2**18)
+    monkeypatch.setattr("cvxlib.operators.factored.MEMORY", 1000)
+    monkeypatch.setattr("cvxlib.model.contractions.WORKSPACE", 2**18)
     mapped = attention(gates=gates, tokens=torch.from_numpy(numpy.load(file, mmap_mode="r+")))
     assert not mapped.factored.stored and mapped.factored.step < 200
     streamed = cvxlib.solve(mapped, tol=1e-4, solver="staircase")
@@ -195,9 +195,9 @@ def test_singular_values_of_large_blocks_are_bounded_from_above(wide, monkeypatc
     sigma = torch.linalg.svdvals(matrix)
     beta = float(sigma[5])
     exact, directions = staircase.violated(matrix.unsqueeze(0), beta)
-    monkeypatch.setattr("cvxlib.norms.LARGEST_EIGEN", 10)
+    monkeypatch.setattr("cvxlib.geometry.norms.LARGEST_EIGEN", 10)
     for count, close in ((1, 0.1), (20, 1e-6)):
-        monkeypatch.setattr("cvxlib.norms.BLOCKS", count)
+        monkeypatch.setattr("cvxlib.geometry.norms.BLOCKS", count)
         bound, found = staircase.violated(matrix.unsqueeze(0), beta)
         assert float(sigma[0]) <= bound <= float(sigma[0]) * (1 + close)
     assert exact == pytest.approx(float(sigma[0]), rel=1e-12)
@@ -274,7 +274,7 @@ def test_cores_stay_within_their_memory(monkeypatch):
     free = cvxlib.solve(program, tol=1e-3, solver="staircase")
     most = max(sizes)
     sizes.clear()
-    monkeypatch.setattr("cvxlib.factored.MEMORY", 0)
+    monkeypatch.setattr("cvxlib.operators.factored.MEMORY", 0)
     monkeypatch.setattr(staircase, "CORE_BYTES", 0)
     tight = cvxlib.solve(attention(gates=2), tol=1e-3, solver="staircase")
     assert max(sizes) < most and tight.status is free.status is cvxlib.Status.CERTIFIED

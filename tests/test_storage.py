@@ -10,7 +10,7 @@ import torch
 from family import LOSSES, MIXERS, POOLS, activation_of, build, name, normal, program
 
 import cvxlib
-from cvxlib.storage import FORMAT
+from cvxlib.workflow.storage import FORMAT
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_an_interrupted_write_leaves_the_old_file(path, saved, monkeypatch):
     def fail(*arguments, **options):
         raise OSError("disk full")
 
-    monkeypatch.setattr("cvxlib.storage.os.replace", fail)
+    monkeypatch.setattr("cvxlib.workflow.storage.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         cvxlib.save(path, random_head(build(cvxlib.MLP)))
     assert path.read_bytes() == before

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import cvxlib
-from cvxlib import testing
-from cvxlib.lifting import LiftedOperator
+from cvxlib.operators.lifted import LiftedOperator
 from cvxlib.testing import MixerError, check_mixer
+from cvxlib.testing import mixers as testing
 
 N, S, D, C = 5, 4, 2, 2
 TOKENS = torch.randn(N, S, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

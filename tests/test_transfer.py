@@ -329,7 +329,7 @@ def test_bad_input_is_named(tmp_path, experiment, call, error, text):
 
 def test_pictures_show_every_training_and_optimum(tmp_path, experiment):
     pytest.importorskip("matplotlib").use("Agg")
-    from cvxlib import figures
+    from cvxlib.workflow import figures
 
     rows = run(experiment, Rows(tmp_path, experiment.setting), heads=["MLP"], betas=[1e-2], seeds=2, progress=False)
     linear = [row for row in rows if row["activation"] == "linear"]

@@ -1,6 +1,8 @@
 r"""Transformers as optimisation: energies whose descent steps are the layers of a transformer.
 
 Tokens are rows of Y, with any leading axes; everything runs on the device and in the precision of the tokens.
+
+An application: may import the rest of the package, but neither ``vision`` nor ``spatial``.
 """
 
 from cvxlib.energy.attention import (

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvxlib._checks import FLOATS, require, wrong_type
+from cvxlib.ground.checks import FLOATS, require, wrong_type
 
 
 def token_array(name: str, value: object) -> Tensor:

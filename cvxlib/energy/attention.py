@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cvxlib._checks import positive_float, require
 from cvxlib.energy._inputs import matrix, token_array
+from cvxlib.ground.checks import positive_float, require
 
 
 def squared_distances(z: Tensor) -> Tensor:

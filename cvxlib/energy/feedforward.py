@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvxlib._checks import positive_float, require, wrong_type
 from cvxlib.energy._inputs import matrix, token_array
+from cvxlib.ground.checks import positive_float, require, wrong_type
 
 
 def feedforward_energy(Y: Tensor, W: Tensor, B: Tensor, nonnegative: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvxlib._checks import positive_int, require
+from cvxlib.ground.checks import positive_int, require
 
 
 def patches(images: Tensor, patch: int) -> Tensor:

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cvxlib._checks import positive_float, positive_int, require
 from cvxlib.energy._inputs import matrix, token_array
 from cvxlib.energy.attention import attention_energy, attention_step, kernel
 from cvxlib.energy.feedforward import feedforward_energy, feedforward_gradient, feedforward_step
+from cvxlib.ground.checks import positive_float, positive_int, require
 
 
 def matched_step(

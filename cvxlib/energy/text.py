@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvxlib._checks import positive_int, require, wrong_value
+from cvxlib.ground.checks import positive_int, require, wrong_value
 
 #: where the official archives come from, and the SHA-256 they must have
 ARCHIVES = {

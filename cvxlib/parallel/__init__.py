@@ -8,9 +8,11 @@ so losses, gradients and the certificate's products are all-reduced, while facto
 processes. Each of them ends with the same certified solution, and with its own samples' rows of the dual point.
 
 ``torchrun`` starts the processes. Losing one ends the others with an error within the timeout; a solve's checkpoint resumes it.
+
+May import the program and what is below it.
 """
 
 from cvxlib.parallel.processes import Processes
-from cvxlib.parallel.programs import ShardedProgram, shard
+from cvxlib.parallel.sharded import ShardedProgram, shard
 
 __all__ = ["Processes", "ShardedProgram", "shard"]

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from cvxlib._checks import positive_float, require, wrong_value
-from cvxlib.one_process import OneProcess
+from cvxlib.ground.checks import positive_float, require, wrong_value
+from cvxlib.ground.one_process import OneProcess
 
 #: what torchrun, and most batch systems on request, tell every process
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -1,14 +1,17 @@
-"""Solvers of convex programs, one file each, behind one door."""
+"""Solvers of convex programs, one file each, behind one door.
+
+The AdamW baseline that they are compared with is here too. May import everything from the ground to ``parallel``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-from cvxlib._checks import instance, positive_float, positive_int, require
-from cvxlib.activations import ReLU
-from cvxlib.programs import ConvexProgram
-from cvxlib.solution import Solution
+from cvxlib.ground.checks import instance, positive_float, positive_int, require
+from cvxlib.model.activations import ReLU
+from cvxlib.program.program import ConvexProgram
+from cvxlib.program.solution import Solution
 from cvxlib.solvers import proximal, relu, splitting, staircase
 from cvxlib.solvers._checkpoint import Checkpoint
 from cvxlib.solvers.cost import choose

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cvxlib._checks import require, wrong_value
-from cvxlib._files import digest, read_tensors, write_tensors
-from cvxlib.programs import ConvexProgram
+from cvxlib.ground.checks import require, wrong_value
+from cvxlib.ground.tensor_files import digest, read_tensors, write_tensors
+from cvxlib.program.program import ConvexProgram
 
 #: seconds between two writes of a solver whose iterations are short
 INTERVAL = 30.0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cvxlib.certify import certify
-from cvxlib.programs import ConvexProgram
-from cvxlib.recovery import factor
-from cvxlib.solution import Certificate, Factors, Solution, Status
+from cvxlib.audit.certificates import certify
+from cvxlib.program.certificate import Certificate, Factors, Status
+from cvxlib.program.program import ConvexProgram
+from cvxlib.program.recovery import factor
+from cvxlib.program.solution import Solution
 
 #: evaluations that single precision has in any case
 PATIENCE = 1000

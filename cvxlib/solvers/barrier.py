@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cvxlib.programs import ConvexProgram
+from cvxlib.program.program import ConvexProgram
 
 
 @dataclass

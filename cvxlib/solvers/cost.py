@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from cvxlib.losses import SquaredLoss
-from cvxlib.one_process import ALONE
-from cvxlib.programs import LARGEST_DESIGN, ConvexProgram
+from cvxlib.ground.one_process import ALONE
+from cvxlib.model.losses import SquaredLoss
+from cvxlib.program.program import LARGEST_DESIGN, ConvexProgram
 
 #: largest Gram matrix that operator splitting is given to factor
 LARGEST_GRAM = 8192

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cvxlib.factored import FactoredOperator
-from cvxlib.programs import ConvexProgram
+from cvxlib.operators.factored import FactoredOperator
+from cvxlib.program.program import ConvexProgram
 
 MEMORY = 20  # pairs of L-BFGS
 PROBES = 48  # random vectors that estimate the design tensor's second moments

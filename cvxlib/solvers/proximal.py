@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from tqdm import tqdm
 
-from cvxlib.programs import ConvexProgram
-from cvxlib.solution import Certificate, Solution, Status
+from cvxlib.program.certificate import Certificate, Status
+from cvxlib.program.program import ConvexProgram
+from cvxlib.program.solution import Solution
 from cvxlib.solvers._checkpoint import Checkpoint
 from cvxlib.solvers._finish import finish
 

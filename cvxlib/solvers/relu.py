@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cvxlib.arrangements import Hyperplanes, exact_rows, inner_point
-from cvxlib.heads import Head
-from cvxlib.lifting import block_design
-from cvxlib.programs import ConvexProgram
-from cvxlib.solution import Certificate, Factors, Solution, Status
+from cvxlib.geometry.arrangements import Hyperplanes, inner_point
+from cvxlib.model.heads import Head
+from cvxlib.model.stacked import exact_rows
+from cvxlib.operators.lifted import block_design
+from cvxlib.program.certificate import Certificate, Factors, Status
+from cvxlib.program.program import ConvexProgram
+from cvxlib.program.solution import Solution
 from cvxlib.solvers import barrier
 from cvxlib.solvers.barrier import HeldNetwork
 

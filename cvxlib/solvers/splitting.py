@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cvxlib.losses import SquaredLoss
-from cvxlib.norms import BlockNuclearNorm
-from cvxlib.one_process import ALONE, OneProcess
-from cvxlib.operators import BlockOperator
-from cvxlib.programs import ConvexProgram
-from cvxlib.solution import Certificate, Solution, Status
+from cvxlib.geometry.norms import BlockNuclearNorm
+from cvxlib.ground.one_process import ALONE, OneProcess
+from cvxlib.model.losses import SquaredLoss
+from cvxlib.operators.maps import BlockOperator
+from cvxlib.operators.projections import GraphProjection
+from cvxlib.program.certificate import Certificate, Status
+from cvxlib.program.program import ConvexProgram
+from cvxlib.program.solution import Solution
 from cvxlib.solvers._checkpoint import Checkpoint
 from cvxlib.solvers._finish import Stall, finish, rounding
-from cvxlib.solvers.projections import GraphProjection
 
 CHECK_EVERY = 10
 RELAXATION = 1.6

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cvxlib.norms import top_singular
-from cvxlib.programs import ConvexProgram
-from cvxlib.solution import Certificate, Factors, Solution, Status
+from cvxlib.geometry.norms import top_singular
+from cvxlib.program.certificate import Certificate, Factors, Status
+from cvxlib.program.program import ConvexProgram
+from cvxlib.program.solution import Solution
 from cvxlib.solvers import splitting
 from cvxlib.solvers._checkpoint import Checkpoint
 from cvxlib.solvers._finish import Stall, rounding

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from tqdm import tqdm
 
-from cvxlib._checks import instance, positive_float, positive_int, require
-from cvxlib.certify import predict
-from cvxlib.heads import Head
-from cvxlib.one_process import require_alone
-from cvxlib.programs import ConvexProgram
+from cvxlib.audit.certificates import predict
+from cvxlib.ground.checks import instance, positive_float, positive_int, require
+from cvxlib.ground.one_process import require_alone
+from cvxlib.model.heads import Head
+from cvxlib.program.program import ConvexProgram
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def train(
         program: supplies mixer, activation, loss, data, beta and pooling.
         heads: neurons per gate and block of a head with random weights.
         head: the network to train, instead of ``heads``: a copy of it is trained. Besides a :class:`cvxlib.Head`, anything from tokens
-            to predictions with a ``weight_decay``, such as the networks of :mod:`cvxlib.baselines`.
+            to predictions with a ``weight_decay``, such as the networks of :mod:`cvxlib.model.baselines`.
         epochs: passes over the samples.
         batch: samples per step.
         learning_rate: after the warm-up.

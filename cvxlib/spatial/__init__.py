@@ -1,6 +1,8 @@
 """Spatial structure: what positional attention learns of the sets in which patches belong together.
 
 Import it as ``from cvxlib import spatial``. Jelassi, Sander and Li 2022 (arXiv 2210.09221); book, chapter "Spatial structure".
+
+An application: may import the rest of the package, but neither ``vision`` nor ``energy``.
 """
 
 from cvxlib.spatial.association import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cvxlib._checks import float_tensor, require
+from cvxlib.ground.checks import float_tensor, require
 from cvxlib.spatial.data import check_sets, membership
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import cvxlib
-from cvxlib._checks import instance, positive_float, require
-from cvxlib.solution import Factors
+from cvxlib.ground.checks import instance, positive_float, require
+from cvxlib.program.certificate import Factors
 from cvxlib.spatial.data import SpatialSample, SpatialTask
 
 

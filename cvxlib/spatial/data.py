@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cvxlib._checks import float_tensor, positive_float, positive_int, require
+from cvxlib.ground.checks import float_tensor, positive_float, positive_int, require
 
 
 @dataclass(frozen=True)

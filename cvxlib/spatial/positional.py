@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from cvxlib._checks import float_tensor, instance, positive_float, positive_int, require
+from cvxlib.ground.checks import float_tensor, instance, positive_float, positive_int, require
 from cvxlib.spatial.association import attention_scalars, patch_association
 from cvxlib.spatial.data import SpatialSample, SpatialTask, check_sets, membership
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from cvxlib._checks import positive_float, positive_int, require, wrong_value
+from cvxlib.ground.checks import positive_float, positive_int, require, wrong_value
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 

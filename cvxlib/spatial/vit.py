@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cvxlib._checks import positive_float, positive_int, require
+from cvxlib.ground.checks import positive_float, positive_int, require
 
 ATTENTIONS = ("positional", "vanilla")
 

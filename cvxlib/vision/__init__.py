@@ -1,4 +1,7 @@
-"""Images as tokens: data sets, backbones and the transfer experiment (needs the ``vision`` extra)."""
+"""Images as tokens: data sets, backbones and the transfer experiment (needs the ``vision`` extra).
+
+An application: may import the rest of the package, but neither ``spatial`` nor ``energy``.
+"""
 
 from cvxlib.vision.backbones import Backbone, backbone
 from cvxlib.vision.datasets import ImageSplit, cache_folder, images

@@ -19,7 +19,7 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from cvxlib._checks import wrong_value
+from cvxlib.ground.checks import wrong_value
 
 #: seconds without an answer, or without a byte, after which the network counts as absent
 TIMEOUT = 5.0

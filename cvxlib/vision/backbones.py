@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from cvxlib._checks import describe, float_tensor, positive_float, positive_int, require, wrong_value
+from cvxlib.ground.checks import describe, float_tensor, positive_float, positive_int, require, wrong_value
 from cvxlib.vision.weights import OFFLINE_MODEL, configuration, pretrained_weights, read_weights, unreachable
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cvxlib._checks import instance, require, wrong_value
+from cvxlib.ground.checks import instance, require, wrong_value
 from cvxlib.vision.archives import checksum, extract, obtain
 
 if TYPE_CHECKING:

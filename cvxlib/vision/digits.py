@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cvxlib._checks import float_tensor, positive_int, require
+from cvxlib.ground.checks import float_tensor, positive_int, require
 
 
 @dataclass(frozen=True)

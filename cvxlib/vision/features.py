@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cvxlib._checks import instance, positive_int, require, wrong_value
-from cvxlib.provenance import write_json
+from cvxlib.ground.checks import instance, positive_int, require, wrong_value
+from cvxlib.ground.provenance import write_json
 from cvxlib.vision.backbones import Backbone
 from cvxlib.vision.datasets import ImageSplit, cache_folder
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cvxlib.activations import ReLU
-from cvxlib.baselines import LinearHead
-from cvxlib.certify import predict
-from cvxlib.heads import Head
+from cvxlib.audit.certificates import predict
+from cvxlib.model.activations import ReLU
+from cvxlib.model.baselines import LinearHead
+from cvxlib.model.heads import Head
 
 #: singular values below this fraction of the largest do not count for the rank
 RANK_TOLERANCE = 1e-3

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cvxlib._checks import FLOATS, instance, positive_int, require
+from cvxlib.ground.checks import FLOATS, instance, positive_int, require
 from cvxlib.vision.digits import TokenSplit, position_features
 from cvxlib.vision.features import Features
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from cvxlib._checks import positive_float, positive_int, require, wrong_type
-from cvxlib.mixers import CrossAttention, Mixer, SelfAttention
-from cvxlib.programs import ConvexProgram
+from cvxlib.ground.checks import positive_float, positive_int, require, wrong_type
+from cvxlib.model.mixers import CrossAttention, Mixer, SelfAttention
+from cvxlib.program.program import ConvexProgram
 from cvxlib.solvers.training import Training, train
 
 
@@ -76,7 +76,7 @@ class Protocol:
 
         Args:
             program: supplies loss, data and beta.
-            network: a :class:`cvxlib.Head` or a network of :mod:`cvxlib.baselines`.
+            network: a :class:`cvxlib.Head` or a network of :mod:`cvxlib.model.baselines`.
             learning_rate: the initial one.
             epochs: another length of the whole schedule.
             seed: of the order of the samples.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cvxlib._checks import require
-from cvxlib.baselines import LinearHead
-from cvxlib.programs import ConvexProgram
-from cvxlib.solution import Certificate
+from cvxlib.ground.checks import require
+from cvxlib.model.baselines import LinearHead
+from cvxlib.program.certificate import Certificate
+from cvxlib.program.program import ConvexProgram
 
 
 def ridge(program: ConvexProgram, max_iterations: int = 20_000) -> tuple[LinearHead, Certificate]:

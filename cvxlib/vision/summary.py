@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from cvxlib._checks import require
-from cvxlib.solution import Certificate
+from cvxlib.ground.checks import require
+from cvxlib.program.certificate import Certificate
 from cvxlib.vision.protocol import choose_rate
 
 KEY = ("head", "activation", "beta")

@@ -21,15 +21,15 @@ from torch import nn
 from tqdm import tqdm
 
 import cvxlib
-from cvxlib._checks import instance, positive_float, positive_int, require, wrong_type
-from cvxlib.activations import Activation, GatedReLU, Linear, ReLU
-from cvxlib.baselines import LinearHead, SoftmaxAttention
-from cvxlib.heads import Head
-from cvxlib.losses import CrossEntropy
-from cvxlib.mixers import FNO, MLP, BlockFNO, Mixer, MLPMixer, SelfAttention
-from cvxlib.programs import ConvexProgram
-from cvxlib.provenance import write_json
-from cvxlib.solution import Status
+from cvxlib.ground.checks import instance, positive_float, positive_int, require, wrong_type
+from cvxlib.ground.provenance import write_json
+from cvxlib.model.activations import Activation, GatedReLU, Linear, ReLU
+from cvxlib.model.baselines import LinearHead, SoftmaxAttention
+from cvxlib.model.heads import Head
+from cvxlib.model.losses import CrossEntropy
+from cvxlib.model.mixers import FNO, MLP, BlockFNO, Mixer, MLPMixer, SelfAttention
+from cvxlib.program.certificate import Status
+from cvxlib.program.program import ConvexProgram
 from cvxlib.solvers import solve
 from cvxlib.vision.digits import TokenSplit
 from cvxlib.vision.measures import logits_of, rank_of, top_k_accuracy

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cvxlib._checks import instance, require, wrong_value
+from cvxlib.ground.checks import instance, require, wrong_value
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg

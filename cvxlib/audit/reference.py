@@ -1,0 +1,127 @@
+r"""A slow, obvious twin: the convex program written once more for CVXPY, from the papers' formulas alone.
+
+It shares no operator with the rest of the package: plain NumPy, one sample at a time, one case per mixer. It is the oracle that
+the solvers are tested against, on problems small enough for an interior-point method.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cvxlib.ground.checks import wrong_value
+from cvxlib.program.program import ConvexProgram
+
+
+def solve(program: ConvexProgram, **options) -> float:
+    r"""The optimal value of a program, by CVXPY.
+
+    .. math:: \min_Z \frac1n \sum_i \ell\Big(\sum_k A_{i,k}(Z_k),\, y_i\Big) + \beta \sum_k \|Z_k\|_*
+
+    Args:
+        program: a program with one of the package's mixers and linear or gated ReLU activation.
+        options: passed to :meth:`cvxpy.Problem.solve`; the default solver is Clarabel.
+
+    Returns:
+        The optimal value.
+
+    Raises:
+        ImportError: CVXPY is not installed (``pip install "cvxlib[reference]"``).
+        ValueError: a mixer whose formula is not written down here.
+        RuntimeError: the solver did not reach an optimal point.
+    """
+    import cvxpy as cp
+
+    tokens = program.tokens.double().cpu().numpy()
+    targets = program.targets.cpu().numpy()
+    n, c, blocks = len(tokens), program.mixer.outputs, program.mixer.blocks
+    directions = getattr(program.activation, "directions", None)
+    gates = 1 if directions is None else len(directions)
+
+    squared = np.issubdtype(targets.dtype, np.floating)
+    penalty, columns, outside = 0, [], 0.0
+    for b in range(blocks):
+        seen = np.split(tokens, blocks, axis=2)[b]
+        designs, variables = [], []
+        for g in range(gates):
+            direction = None
+            if directions is not None:
+                direction = np.asarray(directions[g].double().cpu())
+                direction = direction if blocks == 1 else direction[b]
+            design = np.stack([_design(program.mixer, x, direction, program.pool) for x in seen])  # (n, a, p, w)
+            p, w = design.shape[2:]
+            z = cp.Variable((p, w * (c // blocks)))
+            penalty += cp.normNuc(z)
+            # row (p, w) of the reshaped variable holds the c / B outputs of that entry
+            designs.append(design.reshape(-1, p * w))
+            variables.append(cp.reshape(z, (p * w, c // blocks), order="C"))
+        design, variable = np.hstack(designs), cp.vstack(variables)
+        if squared:
+            # only what lies in the range of the design can be fitted: with A = QR, |AZ - Y|^2 = |RZ - Q'Y|^2 + |Y - QQ'Y|^2
+            values = np.split(targets.reshape(-1, c), blocks, axis=1)[b]
+            q, r = np.linalg.qr(design)
+            columns.append(cp.sum_squares(r @ variable - q.T @ values) / 2)
+            outside += np.sum((values - q @ (q.T @ values)) ** 2) / 2
+        else:
+            columns.append(design @ variable)
+    if squared:
+        data = sum(columns) + outside
+    else:
+        predictions, labels = cp.hstack(columns), np.eye(c)[targets.reshape(-1)]  # (n a, c)
+        data = cp.sum(cp.log_sum_exp(predictions, axis=1)) - cp.sum(cp.multiply(labels, predictions))
+    problem = cp.Problem(cp.Minimize(data / n + program.beta * penalty))
+    problem.solve(**({"solver": cp.CLARABEL} | options))
+    if problem.status != cp.OPTIMAL:
+        raise RuntimeError(f"CVXPY ended with status {problem.status!r} and value {problem.value}")
+    return float(problem.value)
+
+
+def _design(mixer, x: np.ndarray, direction: np.ndarray | None, pool: str | None) -> np.ndarray:
+    """(a, p, w) what each entry of u and each row of V contribute to each output position, for one sample x (s, d)."""
+    p = int(np.prod(mixer.shape))
+    right = _right(mixer, x)
+    gate = 1.0 if direction is None else (_left(mixer, x, direction) >= 0).astype(float)
+    entries = []
+    for k in range(p):
+        unit = np.zeros(p)
+        unit[k] = 1
+        entries.append((gate * _left(mixer, x, unit.reshape(mixer.shape))) @ right)
+    design = np.stack(entries, axis=1)
+    return design.mean(axis=0, keepdims=True) if pool == "mean" else design
+
+
+def _left(mixer, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """(a, h) the hidden matrix L_X u of one sample."""
+    s = len(x)
+    match type(mixer).__name__:
+        case "SelfAttention":
+            return x @ u @ x.T
+        case "CausalSelfAttention":
+            return np.tril(x @ u @ x.T)
+        case "CrossAttention":
+            return x[: mixer.queries] @ u @ x[mixer.queries :].T
+        case "MLPMixer":
+            return u @ x
+        case "FNO" | "BlockFNO":
+            convolution = [sum(x[(a - k) % s] @ u[k] for k in range(s)) for a in range(s)]
+            return np.array(convolution)[:, None]
+        case "MLP":
+            return (x @ u)[:, None]
+        case "Convolution":
+            return np.array([[np.sum(x[k : k + mixer.kernel] * u) for k in range(s - mixer.kernel + 1)]])
+        case name:
+            raise wrong_value("program", "a mixer of this package", name)
+
+
+def _right(mixer, x: np.ndarray) -> np.ndarray:
+    """(h, w) the matrix R_X of one sample."""
+    match type(mixer).__name__:
+        case "SelfAttention" | "CausalSelfAttention":
+            return x
+        case "CrossAttention":
+            return x[mixer.queries :]
+        case "MLPMixer":
+            return np.eye(x.shape[1])
+        case "Convolution":
+            return np.eye(len(x) - mixer.kernel + 1)
+        case _:
+            return np.ones((1, 1))

@@ -1,0 +1,180 @@
+r"""Activations as sets of gates: which entries of the hidden matrix pass.
+
+Once the gates are fixed the head is linear in the lifted matrices. Gates are boolean masks
+``(n, P, a, h)`` on the hidden matrices, one per gate, and may be given in broadcastable form.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+from cvxlib.geometry.arrangements import enumerate_patterns
+from cvxlib.ground.checks import FLOATS, instance, positive_int, require, wrong_type
+from cvxlib.model.mixers import Mixer
+from cvxlib.model.stacked import exact_rows
+
+
+class Activation(abc.ABC):
+    """A set of P gates."""
+
+    #: P, the number of gates
+    count: int
+
+    @abc.abstractmethod
+    def masks(self, mixer: Mixer, tokens: Tensor, block: int = 0) -> Tensor:
+        """(n, P, a, h) gates on the hidden matrices of one of the mixer's blocks, for that block's tokens (n, s, d)."""
+
+    def apply(self, mixer: Mixer, tokens: Tensor, hidden: Tensor, gate: Tensor, block: int = 0) -> Tensor:
+        """(n, m, a, h) what passes of the hidden matrices of m neurons of a block, neuron j through ``gate[j]``."""
+        return hidden * self.masks(mixer, tokens, block)[:, gate]
+
+    def gates(self, mixer: Mixer, tokens: Tensor) -> Activation:
+        """The gates of the convex program on tokens (n, s, d)."""
+        return self
+
+    @abc.abstractmethod
+    def check(self, mixer: Mixer) -> None:
+        """Raise a ``ValueError`` if this activation does not fit the mixer."""
+
+
+class Linear(Activation):
+    r"""No activation, :math:`\sigma(z) = z`: one gate, always open."""
+
+    count = 1
+
+    def masks(self, mixer: Mixer, tokens: Tensor, block: int = 0) -> Tensor:
+        return torch.ones(len(tokens), 1, 1, 1, dtype=torch.bool, device=tokens.device)
+
+    def check(self, mixer: Mixer) -> None:
+        """Every mixer is linear without an activation."""
+
+    def __repr__(self) -> str:
+        return "Linear()"
+
+
+class GatedReLU(Activation):
+    r"""Gated ReLU, :math:`\sigma_g(L_X u) = \mathbb 1\{L_X h_g \ge 0\} \odot L_X u` with fixed directions :math:`h_g`.
+
+    Args:
+        directions: (P, \*direction_shape of the mixer): (P, d, d) for attention, (P, s, s) for MLP-Mixer, (P, s, d) for FNO,
+            (P, B, s, d/B) for block FNO, (P, d) for MLP. Float tensor or array.
+
+    Raises:
+        TypeError: ``directions`` is not a float32 or float64 array.
+        ValueError: it is empty or not finite.
+
+    Source: Mishkin, Sahiner and Pilanci 2022; book, chapter "Arrangements and gates".
+    """
+
+    def __init__(self, directions: Tensor) -> None:
+        expected = "a float32 or float64 array of shape (P, *direction shape of the mixer)"
+        try:
+            directions = torch.as_tensor(directions)
+        except (TypeError, ValueError, RuntimeError):
+            raise wrong_type("directions", expected, directions) from None
+        if directions.dtype not in FLOATS:
+            raise wrong_type("directions", expected, directions)
+        require(directions.ndim >= 2 and directions.numel() > 0, "directions", expected, directions)
+        require(bool(torch.isfinite(directions).all()), "directions", "finite entries", "NaN or infinite ones")
+        self.directions = directions
+
+    @classmethod
+    def sample(cls, mixer: Mixer, count: int, seed: int = 0) -> GatedReLU:
+        """Gates with directions drawn from the standard normal distribution.
+
+        Args:
+            mixer: the mixer they are for.
+            count: number of gates, P.
+            seed: of the generator; the same seed gives the same gates on every device.
+        """
+        instance("mixer", mixer, Mixer, "a Mixer")
+        generator = torch.Generator().manual_seed(seed)
+        shape = (positive_int("count", count), *mixer.direction_shape)
+        return cls(torch.randn(shape, generator=generator, dtype=torch.float64))
+
+    @property
+    def count(self) -> int:
+        return len(self.directions)
+
+    def check(self, mixer: Mixer) -> None:
+        shape = tuple(self.directions.shape[1:])
+        require(
+            shape == mixer.direction_shape,
+            "activation",
+            f"directions of shape (P, {', '.join(map(str, mixer.direction_shape))}) for {mixer!r}",
+            self.directions,
+        )
+
+    def masks(self, mixer: Mixer, tokens: Tensor, block: int = 0) -> Tensor:
+        directions = self.directions.unflatten(0, (self.count, 1)) if mixer.blocks == 1 else self.directions
+        return mixer.hidden(tokens, directions[:, block].to(tokens)) >= 0
+
+    def __repr__(self) -> str:
+        return f"GatedReLU(directions of shape {tuple(self.directions.shape)})"
+
+
+class ReLU(Activation):
+    r"""ReLU, :math:`\sigma(z) = \max(z, 0)`: every neuron opens its own gates.
+
+    The convex program has one gate for every sign pattern that the data allow, and a norm that keeps u inside the pattern's cone
+    (:class:`cvxlib.geometry.norms.BlockConeNorm`).
+
+    Args:
+        limit: largest number of sign patterns to enumerate; with more, the certificate falls back on a bound that needs no pattern.
+
+    Source: Pilanci and Ergen 2020; Sahiner et al. 2022, section 3; book, chapter "ReLU and its cones".
+    """
+
+    count = 1
+
+    def __init__(self, limit: int = 10_000) -> None:
+        self.limit = positive_int("limit", limit)
+
+    def check(self, mixer: Mixer) -> None:
+        """Every mixer takes a ReLU."""
+
+    def masks(self, mixer: Mixer, tokens: Tensor, block: int = 0) -> Tensor:
+        raise TypeError(
+            "activation: expected one with fixed gates; the gates of a ReLU follow from each u (see ReLU.gates)"
+        )
+
+    def apply(self, mixer: Mixer, tokens: Tensor, hidden: Tensor, gate: Tensor, block: int = 0) -> Tensor:
+        return hidden.relu()
+
+    def gates(self, mixer: Mixer, tokens: Tensor) -> GatedReLU:
+        """Gated ReLU with one direction inside every cone that tokens (n, s, d) allow: all sign patterns.
+
+        Raises:
+            ValueError: there are more patterns than ``limit``.
+        """
+        directions = []
+        for seen in mixer.split(tokens):
+            found = enumerate_patterns(exact_rows(mixer, seen), self.limit)
+            expected = "a ReLU with few enough sign patterns on these tokens"
+            require(found.complete, "activation", expected, f"more than {self.limit}")
+            inner = found.directions.to(seen.device).unflatten(1, mixer.shape)
+            apart = _apart(mixer, seen.double(), inner, found.patterns.to(seen.device))
+            require(apart, "activation", expected + ", each wide enough for rounding", "cones thinner than that")
+            directions.append(inner)
+        if mixer.blocks == 1:
+            return GatedReLU(directions[0])
+        longest = max(map(len, directions))  # blocks with fewer patterns repeat their last one
+        padded = [torch.cat([d, d[-1:].expand(longest - len(d), *mixer.shape)]) for d in directions]
+        return GatedReLU(torch.stack(padded, 1))
+
+    def __repr__(self) -> str:
+        return "ReLU()"
+
+
+def _apart(mixer: Mixer, tokens: Tensor, directions: Tensor, patterns: Tensor) -> bool:
+    """Whether the hidden entries of directions (P, ...) have the signs of the patterns (P, R), and not by rounding alone."""
+    hidden = mixer.hidden(tokens, directions)
+    # what a sample's entries would be if nothing cancelled bounds what rounding can change, also where a transform mixes them
+    size = mixer.hidden(tokens.abs(), directions.abs()).abs().amax((2, 3), keepdim=True)
+    clear = hidden.abs() > 64 * mixer.p * torch.finfo(tokens.dtype).eps * size
+    blind = mixer.hidden(tokens.abs(), torch.ones_like(directions[:1])) == 0  # rows of zeros are 0 exactly
+    matches = (hidden >= 0) == patterns.reshape(len(patterns), len(tokens), *hidden.shape[2:]).transpose(0, 1)
+    return bool((matches & (clear | blind)).all())

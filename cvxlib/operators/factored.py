@@ -1,0 +1,233 @@
+r"""The factored operator: predictions of heads and their gradients, in parts of the samples, never forming a lifted matrix.
+
+Predictions are bilinear in the factors, :math:`f = \sum_j \phi(u_j) V_j` with features :math:`\phi_i(u_j) = T_{i,g_j}^\top u_j`. Along
+a line they are a quadratic polynomial of the step, whose coefficients cost one evaluation of the features: a line search is free.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cvxlib.ground.one_process import ALONE, OneProcess
+from cvxlib.model.activations import Activation
+from cvxlib.model.contractions import Contraction, Design, largest_workspace
+from cvxlib.model.mixers import Mixer
+from cvxlib.operators.hidden import HiddenMatrices
+from cvxlib.operators.lifted import block_design
+from cvxlib.operators.maps import BlockOperator, CoreMap
+
+#: what contractions may keep in memory besides the tokens; what does not fit is computed again in every pass over the samples
+MEMORY = 2**30
+#: heads whose features one part of the samples is made for
+HEADS = 16
+#: floating point operations that take as long as reading one byte
+FLOPS_PER_BYTE = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive samples: which predictions are theirs, and for each of the mixer's blocks their contraction."""
+
+    rows: slice
+    blocks: tuple[Contraction, ...]
+
+
+def _budget(device: torch.device) -> float:
+    """``MEMORY``, or a quarter of what a GPU has free."""
+    return torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else MEMORY
+
+
+def _cost(part: Contraction) -> float:
+    """What the features of one head of many take, in operations: its workspace is its own, what is kept is read for all."""
+    return part.flops + FLOPS_PER_BYTE * (part.workspace + part.bytes / HEADS)
+
+
+class FactoredOperator:
+    r"""The bilinear map from factors to predictions, and its gradients.
+
+    Factors are u (m, p), v (m, w, c / B) and k (m,), the lifted block of each head; k stays on the CPU.
+
+    Args:
+        mixer: the mixer.
+        activation: its gates.
+        tokens: (n, s, d), perhaps memory-mapped.
+        pooled: average over the output positions.
+        gate: (K,) the gate of each lifted block.
+        block: (K,) the mixer's block of each lifted block.
+        rows: the number of predictions.
+        reduce: sums a tensor over all processes that hold samples.
+        memory: bytes that may be kept besides the tokens, by default ``MEMORY``, or a quarter of what a GPU has free.
+        dtype: of the arithmetic, by default the tokens' own.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        activation: Activation,
+        tokens: Tensor,
+        pooled: bool,
+        gate: Tensor,
+        block: Tensor,
+        rows: int,
+        reduce: OneProcess = ALONE,
+        memory: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.mixer, self.activation, self.tokens, self.pooled = mixer, activation, tokens, pooled
+        self.gate, self.block, self.rows, self.reduce = gate.cpu(), block.cpu(), rows, reduce
+        self.dtype, self.device = dtype or tokens.dtype, tokens.device
+        self.memory = _budget(self.device) if memory is None else memory
+        self._make, part = self._choose()
+        #: operations for one head's features, and bytes that are kept, of one sample
+        self.flops, self.bytes = part.flops * mixer.blocks, part.bytes * mixer.blocks
+        self.step = max(1, min(len(tokens), int(largest_workspace(self.device) / (HEADS * max(part.workspace, 1)))))
+        self.stored = self.bytes * len(tokens) <= self.memory
+        #: which contraction it is, in words
+        self.path = part.name if self.stored else f"{part.name}, computed in every pass"
+        self._parts: list[Part] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(K, p, q) of the lifted blocks."""
+        return len(self.gate), self.mixer.p, self.mixer.q
+
+    def _choose(self) -> tuple[Callable[[Tensor, int], Contraction], Contraction]:
+        """The contraction that takes least time: how it is made, and that of one sample and block."""
+        one = self._seen(self.tokens[:1])[0]
+        pooled = self._pooled(one, 0) if self.pooled else None
+        make, part = (self._hidden, self._hidden(one, 0)) if pooled is None else (self._pooled, pooled)
+        # only its shape counts; where it could not be kept it would have to be formed head by head in every pass
+        shape = (self.activation.count, part.rows, self.mixer.width, self.mixer.p)
+        design = Design(torch.empty(shape, dtype=self.dtype, device="meta"))
+        fits = design.bytes * len(self.tokens) * self.mixer.blocks <= self.memory
+        return (self._design, design) if fits and _cost(design) < _cost(part) else (make, part)
+
+    def every_way(self) -> Iterator[FactoredOperator]:
+        """The same operator by each contraction that the mixer has, whatever it takes."""
+        one = self._seen(self.tokens[:1])[0]
+        for make in (self._hidden, self._design, self._pooled if self.pooled else None):
+            part = make and make(one, 0)
+            if part is not None:
+                other = copy.copy(self)
+                other._make, other.path, other._parts = make, part.name, None
+                yield other
+
+    # the parts
+
+    def _seen(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return self.mixer.split(tokens.to(self.dtype))
+
+    def _masks(self, seen: Tensor, b: int) -> Tensor:
+        return self.activation.masks(self.mixer, seen, b)
+
+    def _hidden(self, seen: Tensor, b: int) -> Contraction:
+        return HiddenMatrices(self.mixer, seen, self._masks(seen, b), self.pooled)
+
+    def _pooled(self, seen: Tensor, b: int) -> Contraction | None:
+        """The mixer's own contraction, unless it was inherited from a class whose hidden matrices are others."""
+        if not self.mixer.written_for_its_maps("pooled"):
+            return None
+        return self.mixer.pooled(seen, self._masks(seen, b))
+
+    def _design(self, seen: Tensor, b: int) -> Contraction:
+        design = block_design(self.mixer, seen, self._masks(seen, b), self.pooled)
+        design = design if self.pooled else design.flatten(0, 1)  # (rows, P, p, w)
+        return Design(design.permute(1, 0, 3, 2).contiguous())
+
+    def parts(self) -> Iterator[Part]:
+        """The samples in parts, kept for the next pass where they fit in memory."""
+        if self._parts is not None:
+            yield from self._parts
+            return
+        kept, start = [], 0
+        for tokens in self.tokens.split(self.step):
+            count = len(tokens) * (self.rows // len(self.tokens))
+            blocks = tuple(self._make(seen, b) for b, seen in enumerate(self._seen(tokens)))
+            part = Part(slice(start, start + count), blocks)
+            start += count
+            if self.stored:
+                kept.append(part)
+            yield part
+        if self.stored:
+            self._parts = kept
+
+    # heads
+
+    def features(self, part: Part, u: Tensor, k: Tensor) -> list[Tensor]:
+        """For each of the mixer's blocks the features (rows, m_b, w) of its heads."""
+        return [c.features(u[mine], self.gate[k[mine]]) for c, mine in zip(part.blocks, self.heads(k), strict=True)]
+
+    def combine(self, features: list[Tensor], v: Tensor, k: Tensor) -> Tensor:
+        """(rows, c) predictions from features and v."""
+        pairs = zip(features, self.heads(k), strict=True)
+        return torch.cat([phi.flatten(1) @ v[mine].flatten(0, 1) for phi, mine in pairs], 1)
+
+    def predictions(self, u: Tensor, v: Tensor, k: Tensor, features: list[list[Tensor]] | None = None) -> Tensor:
+        """(rows, c) predictions of heads, from their features in every part where these are known."""
+        parts = enumerate(self.parts())
+        return torch.cat([self.combine(features[i] if features else self.features(x, u, k), v, k) for i, x in parts])
+
+    def line(
+        self,
+        u: Tensor,
+        v: Tensor,
+        du: Tensor,
+        dv: Tensor,
+        k: Tensor,
+        features: list[list[Tensor]] | None = None,
+        changes: list[list[Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(rows, c) the coefficients of t and t^2 in the predictions at u + t du, v + t dv."""
+        first, second = [], []
+        for index, part in enumerate(self.parts()):
+            phi = features[index] if features else self.features(part, u, k)
+            change = changes[index] if changes else self.features(part, du, k)
+            first.append(self.combine(phi, dv, k) + self.combine(change, v, k))
+            second.append(self.combine(change, dv, k))
+        return torch.cat(first), torch.cat(second)
+
+    def gradients(
+        self, u: Tensor, v: Tensor, k: Tensor, dual: Tensor, features: list[list[Tensor]] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients (m, p) and (m, w, c / B) of the inner product of the predictions with (rows, c)."""
+        gu, gv = torch.zeros_like(u), torch.zeros_like(v)
+        for index, part in enumerate(self.parts()):
+            phis = features[index] if features else self.features(part, u, k)
+            columns = dual[part.rows].chunk(self.mixer.blocks, 1)
+            for c, mine, phi, rho in zip(part.blocks, self.heads(k), phis, columns, strict=True):
+                gv[mine] += (phi.flatten(1).mT @ rho).reshape(v[mine].shape)
+                gu[mine] += c.transpose(torch.einsum("no,mwo->nmw", rho, v[mine]), self.gate[k[mine]])
+        return self.reduce(gu), self.reduce(gv)
+
+    def adjoint(self, dual: Tensor) -> Tensor:
+        """(K, p, q) the adjoint of the lifted operator, applied to (rows, c)."""
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for part in self.parts():
+            columns = dual[part.rows].chunk(self.mixer.blocks, 1)
+            for b, (contraction, rho) in enumerate(zip(part.blocks, columns, strict=True)):
+                slots = (self.block == b).nonzero().squeeze(1)
+                total[slots] += contraction.adjoint(rho, self.gate[slots].tolist()).flatten(2)
+        return self.reduce(total)
+
+    def core(self, left: Tensor, right: Tensor, k: Tensor) -> BlockOperator:
+        r"""The operator restricted to :math:`Z_k = P_k C_k Q_k^\top`, for left P (K', p, R) and right Q (K', q, R') of the ascending blocks k (K',)."""
+        r = left.shape[2]
+        heads, u = k.repeat_interleave(r), left.mT.flatten(0, 1)
+        mine = self.heads(k)
+        features = [left.new_empty(self.rows, len(m), r, self.mixer.width) for m in mine]
+        for part in self.parts():
+            for kept, phi in zip(features, self.features(part, u, heads), strict=True):
+                kept[part.rows] = phi.unflatten(1, kept.shape[1:3])
+        right = right.mT.unflatten(2, (self.mixer.width, self.mixer.block_outputs))
+        return BlockOperator(tuple(CoreMap(phi, right[m]) for phi, m in zip(features, mine, strict=True)), self.reduce)
+
+    def heads(self, k: Tensor) -> list[Tensor]:
+        """For each of the mixer's blocks the heads that belong to it."""
+        if self.mixer.blocks == 1:
+            return [torch.arange(len(k))]
+        return [(self.block[k] == b).nonzero().squeeze(1) for b in range(self.mixer.blocks)]
