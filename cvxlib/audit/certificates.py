@@ -76,8 +76,8 @@ def certify(
         candidates.append(exact.loss.to_domain(dual_point.to(predictions), exact.rows))
     norm = dual_norm if independent else ConvexProgram.dual_norm
     bounds = [exact.feasible_dual(residual, norm(exact, residual)) for residual in candidates]
-    dual, point = max(bounds, key=lambda bound: bound[0])
-    return Certificate(primal, dual, point, torch.float64)
+    _, point = max(bounds, key=lambda bound: bound[0])
+    return exact.certify_point(primal, point)
 
 
 @torch.no_grad()

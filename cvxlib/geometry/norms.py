@@ -5,15 +5,19 @@ Blocks are stacked: ``z`` is ``(K, p, q)`` and the norm is :math:`\sum_k \|Z_k\|
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from cvxlib.geometry.arrangements import Hyperplanes
 from cvxlib.geometry.cones import NODES, Bounds, dual_norm, facets, nuclear_norm
+from cvxlib.ground.checks import require
 
 LARGEST_EIGEN = 1024  # side of a Gram matrix whose eigenvalues are all computed
 BLOCKS = 20  # of a Krylov space of a larger one, after the first
+EPS, TINY = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
 CLOSE = 1e-7  # relative distance from its largest singular value at which the search for an upper bound starts
 
 
@@ -40,8 +44,13 @@ class BlockNuclearNorm:
         """(K,) the largest singular value of each block; where blocks are large a bound from above, by :func:`top_singular`."""
         if min(g.shape[1:]) > LARGEST_EIGEN:
             return torch.stack([g.new_tensor(top_singular(block, 16)[2]) for block in g])
-        gram = g @ g.mT if g.shape[-2] < g.shape[-1] else g.mT @ g
-        return torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt()
+        # squares of numbers of ordinary size neither over- nor underflow; what is not finite stays so
+        size = g.abs().amax((1, 2), keepdim=True)
+        scale = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
+        m = torch.where(torch.isfinite(size), g / scale, 0.0)
+        gram = m @ m.mT if m.shape[-2] < m.shape[-1] else m.mT @ m
+        top = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt() * scale.flatten()
+        return torch.where(torch.isfinite(size.flatten()), top, torch.inf)
 
     @torch.no_grad()
     def prox(self, z: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -167,6 +176,62 @@ class BlockConeNorm:
 
 
 @torch.no_grad()
+def spectral_above(g: Tensor) -> Tensor:
+    r"""(K,) numbers that no singular value of the blocks (K, p, q) exceeds, in exact arithmetic.
+
+    .. math:: \|G\|_2 \le \sigma_1\, \|U\|_2 \|V\|_2 + \|G - U \Sigma V^\top\|_F, \qquad \|U\|_2^2 \le 1 + \|U^\top U - I\|_F
+
+    for whatever U, Σ and V an algorithm returns: the residuals count, and what rounding may hide in them. Large blocks are bounded by
+    :func:`top_singular` and Rump's shift of its Cholesky test. Infinite where an entry is not finite.
+
+    Args:
+        g: (K, p, q) float64 blocks.
+
+    Source: Rump 2006, "Verification of positive definiteness", and 2011, "Verified bounds for singular values"; book, chapter "Certificates".
+    """
+    # a power of two scales without rounding, so that no square over- or underflows
+    size = g.abs().amax((1, 2))
+    finite = torch.isfinite(size)
+    scale = torch.exp2(torch.floor(torch.log2(torch.where(finite, size, 1.0).clamp(min=TINY))))
+    m = torch.where(finite.reshape(-1, 1, 1), g / scale.reshape(-1, 1, 1), 0.0)
+    if min(g.shape[1:]) > LARGEST_EIGEN:
+        above = torch.stack([g.new_tensor(_shifted(block)) for block in m])
+    else:
+        above = _by_residual(m)
+    # entries that scaling makes subnormal lose at most so much
+    above = (above + m[0].numel() * TINY) * scale
+    return torch.where(finite & ~torch.isnan(above), above, torch.inf)
+
+
+def _by_residual(m: Tensor) -> Tensor:
+    """(K,) bounds on the singular values of blocks (K, p, q) from the residuals of their decompositions."""
+    count, (p, q) = m[0].numel(), m.shape[1:]
+    try:
+        u, sigma, vh = torch.linalg.svd(m, full_matrices=False)
+    except torch.linalg.LinAlgError:  # the algorithm did not converge: the Frobenius norm is a bound as well
+        return m.flatten(1).norm(dim=1) * (1 + count * EPS)
+    inner = sigma.shape[1]
+    left = u * sigma.unsqueeze(1)
+    residual = (m - left @ vh).flatten(1).norm(dim=1)
+    rounding = (inner + 4) * EPS * (left.abs() @ vh.abs() + m.abs()).flatten(1).norm(dim=1)
+    bounds = sigma.amax(1)
+    for basis, length in ((u, p), (vh.mT, q)):
+        defect = (basis.mT @ basis - torch.eye(inner, dtype=m.dtype, device=m.device)).flatten(1).norm(dim=1)
+        bounds = bounds * (1 + (defect * (1 + inner**2 * EPS) + (length + 2) * EPS * inner) / 2)
+    return (bounds + (residual + rounding) * (1 + count * EPS)) * (1 + 8 * EPS)
+
+
+def _shifted(block: Tensor) -> float:
+    """:func:`spectral_above` of one large block, from the bound t of :func:`top_singular`, whose test of t² I - M^T M rounds."""
+    bound = top_singular(block, 16)[2]
+    unit, q = EPS / 2, min(block.shape)
+    products = 2 * (max(block.shape) + 2) * unit * float(block.norm()) ** 2 * (1 + 1e-9)
+    factor = 2 * (q + 2) * unit * q * bound**2
+    above = (bound**2 * (1 + 4 * EPS) + products + factor) ** 0.5 * (1 + 4 * EPS)
+    return above if math.isfinite(above) else math.inf
+
+
+@torch.no_grad()
 def top_singular(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
     """The largest singular values of a matrix, the singular vectors of its shorter side, and a bound on all singular values.
 
@@ -181,6 +246,7 @@ def top_singular(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
 
     Source: Musco and Musco 2015, Algorithm 2; book, chapter "The staircase".
     """
+    require(bool(torch.isfinite(matrix).all()), "matrix", "finite entries", "NaN or infinite ones")
     tall = (matrix.mT if matrix.shape[0] < matrix.shape[1] else matrix).double()
     gram = tall.mT @ tall
     if len(gram) <= LARGEST_EIGEN:

@@ -7,6 +7,7 @@ Once the gates are fixed the head is linear in the lifted matrices. Gates are bo
 from __future__ import annotations
 
 import abc
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class Activation(abc.ABC):
 
     #: P, the number of gates
     count: int
+    #: whether the gates are given; those of a ReLU follow from each u
+    fixed: ClassVar[bool] = True
 
     @abc.abstractmethod
     def masks(self, mixer: Mixer, tokens: Tensor, block: int = 0) -> Tensor:
@@ -129,6 +132,7 @@ class ReLU(Activation):
     """
 
     count = 1
+    fixed = False
 
     def __init__(self, limit: int = 10_000) -> None:
         self.limit = positive_int("limit", limit)

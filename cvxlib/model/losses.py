@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from cvxlib.ground.checks import describe, float_tensor, require, wrong_type
 
+_TINY = torch.finfo(torch.float64).tiny
+
 
 class Loss(abc.ABC):
     r"""A convex loss :math:`\ell(f, y)` with Lipschitz gradient.
@@ -39,6 +41,19 @@ class Loss(abc.ABC):
     @abc.abstractmethod
     def conjugate(self, dual: Tensor, targets: Tensor) -> Tensor:
         r"""(rows,) the conjugate :math:`\ell^*(\rho, y) = \sup_f \langle \rho, f\rangle - \ell(f, y)`; infinite outside its domain."""
+
+    def conjugate_above(self, dual: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
+        r"""Numbers that the conjugate does not exceed in exact arithmetic, for rigorous bounds; ``None`` where the loss does not know.
+
+        Args:
+            dual: (rows, c) float64, in the domain to rounding.
+            targets: as in ``check``.
+
+        Returns:
+            (rows,) upper bounds on :math:`\ell^*(x, y)` at a point x that lies in the domain exactly, and (rows, c) bounds on
+            :math:`|x - \rho|`.
+        """
+        return None
 
     @abc.abstractmethod
     def to_domain(self, dual: Tensor, targets: Tensor) -> Tensor:
@@ -87,6 +102,11 @@ class SquaredLoss(Loss):
     def conjugate(self, dual: Tensor, targets: Tensor) -> Tensor:
         return (dual * (dual / 2 + targets)).sum(-1)
 
+    def conjugate_above(self, dual: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        size = (dual.abs() * (dual.abs() / 2 + targets.abs())).sum(-1)
+        rounding = (dual.shape[-1] + 8) * torch.finfo(dual.dtype).eps
+        return self.conjugate(dual, targets) + rounding * size + _TINY, torch.zeros_like(dual)
+
     def to_domain(self, dual: Tensor, targets: Tensor) -> Tensor:
         return dual
 
@@ -132,6 +152,23 @@ class CrossEntropy(Loss):
         inside = (probabilities >= -4 * eps).all(-1) & ((probabilities.sum(-1) - 1).abs() < 4 * eps * dual.shape[-1])
         value = torch.special.entr(probabilities.clamp(min=0)).sum(-1).neg()
         return torch.where(inside, value, torch.inf)
+
+    def conjugate_above(self, dual: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        # the point meant is pi / sum(pi) - e_y in exact arithmetic, for the floats pi; the sum is 1 to rounding where the point is good
+        eps, c = torch.finfo(dual.dtype).eps, dual.shape[-1]
+        corner = self._one_hot(targets, dual)
+        pi = (dual + corner).clamp(min=0)
+        total = pi.sum(-1, keepdim=True)
+        off = (total - 1).abs() + (c + 4) * eps * total  # a bound on |sum(pi) - 1|
+        logs = pi.clamp(min=_TINY).log()
+        # sum (pi / S) log(pi / S) = (1 / S) sum pi log pi - log S, with log S >= 1 - 1 / S >= -off / (1 - off)
+        value, size = (pi * logs).sum(-1), (pi * logs.abs()).sum(-1)
+        shrink = off.squeeze(-1) / (1 - off.squeeze(-1))
+        above = value + (c + 16) * eps * (size + 1) + shrink * (size + 1)
+        inside = (off < 0.5).squeeze(-1) & torch.isfinite(above)
+        distance = (pi - (dual + corner)).abs() * (1 + 4 * eps) + 4 * eps * (pi + corner)
+        distance = distance + pi * (off / (1 - off)) * (1 + 8 * eps)
+        return torch.where(inside, above, torch.inf), torch.where(inside.unsqueeze(-1), distance, torch.inf)
 
     def to_domain(self, dual: Tensor, targets: Tensor) -> Tensor:
         corner = self._one_hot(targets, dual)

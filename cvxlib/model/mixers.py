@@ -32,6 +32,9 @@ class Mixer(abc.ABC):
     outputs: int
     #: B, the number of independent heads side by side; block b sees ``split(tokens)[b]`` and writes outputs block b
     blocks: ClassVar[int] = 1
+    #: ``"hidden"`` or ``"rows"``: which of the two does nothing but add products of entries, up to the sign of which the same of absolute
+    #: values bounds its rounding; then bounds are rigorous. ``None``: not known, and bounds hold to rounding
+    sums: ClassVar[str | None] = None
 
     @property
     @abc.abstractmethod
@@ -62,6 +65,11 @@ class Mixer(abc.ABC):
         """A cheaper way to pooled predictions than the hidden matrices, where this mixer has one; masks are (n, P, a, h)."""
         return None
 
+    def rows(self, tokens: Tensor) -> Tensor:
+        """(n, p, a, h) what ``hidden`` multiplies each entry of u with, for tokens (n, s, d): its values at the unit vectors."""
+        basis = torch.eye(self.p, dtype=tokens.dtype, device=tokens.device)
+        return self.hidden(tokens, basis.reshape(self.p, *self.shape))
+
     def exact_rows(self, tokens: np.ndarray) -> np.ndarray | None:
         """(n a h, p) the rows that ``hidden`` multiplies u with, in the arithmetic of the tokens (n, s, d), an object array of fractions.
 
@@ -76,6 +84,11 @@ class Mixer(abc.ABC):
             name: next(i for i, c in enumerate(ancestors) if name in vars(c)) for name in (shortcut, "hidden", "values")
         }
         return depth[shortcut] <= min(depth["hidden"], depth["values"])
+
+    @property
+    def bounded_by(self) -> str | None:
+        """:attr:`sums`, unless it was inherited past another ``hidden`` or ``values``."""
+        return self.sums if self.written_for_its_maps("sums") else None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -129,6 +142,7 @@ class SelfAttention(Mixer):
     Source: Sahiner et al. 2022, Theorem 3.1; book, chapter "Self-attention".
     """
 
+    sums = "hidden"
     features: int
     outputs: int
 
@@ -164,6 +178,8 @@ class CausalSelfAttention(SelfAttention):
     Source: the program is that of self-attention with :math:`L_X U = \operatorname{tril}(X U X^\top)`.
     """
 
+    sums = "hidden"
+
     def hidden(self, tokens: Tensor, u: Tensor) -> Tensor:
         return super().hidden(tokens, u).tril()
 
@@ -191,6 +207,7 @@ class CrossAttention(Mixer):
     Source: the program is that of self-attention with two token sets.
     """
 
+    sums = "hidden"
     features: int
     outputs: int
     queries: int
@@ -234,6 +251,7 @@ class MLPMixer(Mixer):
     Source: Sahiner et al. 2022, section 4; book, chapter "MLP-Mixer".
     """
 
+    sums = "hidden"
     tokens: int
     features: int
     outputs: int
@@ -274,6 +292,7 @@ class FNO(Mixer):
     Source: Sahiner et al. 2022, section 4; book, chapter "FNO".
     """
 
+    sums = "rows"  # the transform mixes entries of all sizes
     tokens: int
     features: int
     outputs: int
@@ -295,6 +314,12 @@ class FNO(Mixer):
 
     def values(self, tokens: Tensor) -> Tensor:
         return tokens.new_ones(len(tokens), 1, 1)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        s = tokens.shape[1]
+        positions = torch.arange(s, device=tokens.device)
+        shift = (positions - positions.unsqueeze(1)) % s  # (k, a)
+        return tokens[:, shift].movedim(3, 2).flatten(1, 2).unsqueeze(3)
 
     def exact_rows(self, tokens: np.ndarray) -> np.ndarray:
         _, s, d = tokens.shape
@@ -331,6 +356,7 @@ class BlockFNO(Mixer):
     Source: Sahiner et al. 2022, section 4 (the block-diagonal operator of AFNO); book, chapter "Block FNO".
     """
 
+    sums = "rows"
     tokens: int
     features: int
     outputs: int
@@ -349,6 +375,7 @@ class BlockFNO(Mixer):
     width = FNO.width
     hidden = FNO.hidden
     values = FNO.values
+    rows = FNO.rows
     exact_rows = FNO.exact_rows
 
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -366,6 +393,7 @@ class MLP(Mixer):
     Source: Pilanci and Ergen 2020; book, chapter "Two-layer networks".
     """
 
+    sums = "hidden"
     features: int
     outputs: int
 
@@ -400,6 +428,7 @@ class Convolution(Mixer):
     Source: Sahiner et al. 2024, Theorem 3.6.
     """
 
+    sums = "hidden"
     tokens: int
     features: int
     outputs: int

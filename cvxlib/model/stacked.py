@@ -23,8 +23,7 @@ def lifted_rows(mixer: Mixer, tokens: Tensor) -> Tensor:
     Returns:
         (R, p) with R = n a h, so that ``lifted_rows(...) @ u.flatten()`` are all hidden entries of u.
     """
-    basis = torch.eye(mixer.p, dtype=tokens.dtype, device=tokens.device).reshape(mixer.p, *mixer.shape)
-    return mixer.hidden(tokens, basis).movedim(1, -1).reshape(-1, mixer.p)
+    return mixer.rows(tokens).movedim(1, -1).reshape(-1, mixer.p)
 
 
 def exact_rows(mixer: Mixer, tokens: Tensor) -> np.ndarray:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cvxlib.ground.checks import require
 from cvxlib.ground.one_process import ALONE, OneProcess
 from cvxlib.model.activations import Activation
 from cvxlib.model.contractions import Contraction, Design, largest_workspace
@@ -82,6 +83,8 @@ class FactoredOperator:
         self.gate, self.block, self.rows, self.reduce = gate.cpu(), block.cpu(), rows, reduce
         self.dtype, self.device = dtype or tokens.dtype, tokens.device
         self.memory = _budget(self.device) if memory is None else memory
+        #: whether this is the operator of the tokens' absolute values
+        self.absolute = False
         self._make, part = self._choose()
         #: operations for one head's features, and bytes that are kept, of one sample
         self.flops, self.bytes = part.flops * mixer.blocks, part.bytes * mixer.blocks
@@ -98,9 +101,9 @@ class FactoredOperator:
 
     def _choose(self) -> tuple[Callable[[Tensor, int], Contraction], Contraction]:
         """The contraction that takes least time: how it is made, and that of one sample and block."""
-        one = self._seen(self.tokens[:1])[0]
-        pooled = self._pooled(one, 0) if self.pooled else None
-        make, part = (self._hidden, self._hidden(one, 0)) if pooled is None else (self._pooled, pooled)
+        one, masks = self._seen(self.tokens[:1])[0]
+        pooled = self._pooled(one, masks) if self.pooled else None
+        make, part = (self._hidden, self._hidden(one, masks)) if pooled is None else (self._pooled, pooled)
         # only its shape counts; where it could not be kept it would have to be formed head by head in every pass
         shape = (self.activation.count, part.rows, self.mixer.width, self.mixer.p)
         design = Design(torch.empty(shape, dtype=self.dtype, device="meta"))
@@ -109,9 +112,9 @@ class FactoredOperator:
 
     def every_way(self) -> Iterator[FactoredOperator]:
         """The same operator by each contraction that the mixer has, whatever it takes."""
-        one = self._seen(self.tokens[:1])[0]
+        one, masks = self._seen(self.tokens[:1])[0]
         for make in (self._hidden, self._design, self._pooled if self.pooled else None):
-            part = make and make(one, 0)
+            part = make and make(one, masks)
             if part is not None:
                 other = copy.copy(self)
                 other._make, other.path, other._parts = make, part.name, None
@@ -119,23 +122,23 @@ class FactoredOperator:
 
     # the parts
 
-    def _seen(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        return self.mixer.split(tokens.to(self.dtype))
+    def _seen(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What each of the mixer's blocks sees of tokens (n, s, d), or of their absolute values, and its masks."""
+        parts = self.mixer.split(tokens.to(self.dtype))
+        masks = [self.activation.masks(self.mixer, seen, b) for b, seen in enumerate(parts)]
+        return [(seen.abs() if self.absolute else seen, mask) for seen, mask in zip(parts, masks, strict=True)]
 
-    def _masks(self, seen: Tensor, b: int) -> Tensor:
-        return self.activation.masks(self.mixer, seen, b)
+    def _hidden(self, seen: Tensor, masks: Tensor) -> Contraction:
+        return HiddenMatrices(self.mixer, seen, masks, self.pooled)
 
-    def _hidden(self, seen: Tensor, b: int) -> Contraction:
-        return HiddenMatrices(self.mixer, seen, self._masks(seen, b), self.pooled)
-
-    def _pooled(self, seen: Tensor, b: int) -> Contraction | None:
+    def _pooled(self, seen: Tensor, masks: Tensor) -> Contraction | None:
         """The mixer's own contraction, unless it was inherited from a class whose hidden matrices are others."""
         if not self.mixer.written_for_its_maps("pooled"):
             return None
-        return self.mixer.pooled(seen, self._masks(seen, b))
+        return self.mixer.pooled(seen, masks)
 
-    def _design(self, seen: Tensor, b: int) -> Contraction:
-        design = block_design(self.mixer, seen, self._masks(seen, b), self.pooled)
+    def _design(self, seen: Tensor, masks: Tensor) -> Contraction:
+        design = block_design(self.mixer, seen, masks, self.pooled)
         design = design if self.pooled else design.flatten(0, 1)  # (rows, P, p, w)
         return Design(design.permute(1, 0, 3, 2).contiguous())
 
@@ -147,7 +150,7 @@ class FactoredOperator:
         kept, start = [], 0
         for tokens in self.tokens.split(self.step):
             count = len(tokens) * (self.rows // len(self.tokens))
-            blocks = tuple(self._make(seen, b) for b, seen in enumerate(self._seen(tokens)))
+            blocks = tuple(self._make(seen, masks) for seen, masks in self._seen(tokens))
             part = Part(slice(start, start + count), blocks)
             start += count
             if self.stored:
@@ -213,6 +216,44 @@ class FactoredOperator:
                 slots = (self.block == b).nonzero().squeeze(1)
                 total[slots] += contraction.adjoint(rho, self.gate[slots].tolist()).flatten(2)
         return self.reduce(total)
+
+    def adjoint_within(self, dual: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The adjoint of the lifted operator, and how far it can be from that of any point near a given one.
+
+        .. math:: \|\mathrm{fl}(A_k^* \rho) - A_k^* x\|_F \le \gamma\, \big\||A_k|^* |\rho|\big\|_F + (1 + \gamma) \big\||A_k|^* \Delta\big\|_F
+           \quad\text{where } |x - \rho| \le \Delta
+
+        :math:`|A_k|` is the same contraction of the tokens' absolute values, with the same masks: sums of products round by no more than
+        :math:`\gamma_m = m u / (1 - m u)` times what they would be if nothing cancelled, in whatever order they are added.
+
+        Args:
+            dual: (rows, c) the point :math:`\rho`.
+            distance: (rows, c) entry by entry a bound on the distance to the point x that is meant.
+
+        Returns:
+            (K, p, q) the adjoint at the point, and (K,) the bounds.
+
+        Raises:
+            ValueError: the mixer does not say that its maps are sums of products.
+
+        Source: Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1; book, chapter "Certificates".
+        """
+        require(self.mixer.bounded_by is not None, "mixer", "one whose maps are sums of products", repr(self.mixer))
+        one, (p, w) = self._seen(self.tokens[:1])[0][0], (self.mixer.p, self.mixer.width)
+        a, h = self.mixer.hidden(one, one.new_zeros(1, *self.mixer.shape)).shape[2:]
+        signed = copy.copy(self)
+        if self.mixer.bounded_by == "rows" and self._make != self._design:
+            signed._make, signed.stored, signed._parts = self._design, False, None
+            size = self.activation.count * p * max(a * h, w) * dual.element_size()
+            signed.step = max(1, min(self.step, int(4 * largest_workspace(self.device) / size)))
+        absolute = copy.copy(signed)
+        absolute.absolute, absolute.stored, absolute._parts = True, False, None
+        # sums over samples, output positions, hidden entries, entries of u and values, one inside the other, and a few products
+        samples = int(self.reduce(dual.new_tensor([len(self.tokens)])))
+        roundings = (samples + a + h + p + w + 32) * torch.finfo(dual.dtype).eps / 2
+        gamma = roundings / (1 - roundings)
+        near = absolute.adjoint(gamma * dual.abs() + (1 + gamma) * distance)
+        return signed.adjoint(dual), near.flatten(1).norm(dim=1) * (1 + 4 * gamma)
 
     def core(self, left: Tensor, right: Tensor, k: Tensor) -> BlockOperator:
         r"""The operator restricted to :math:`Z_k = P_k C_k Q_k^\top`, for left P (K', p, R) and right Q (K', q, R') of the ascending blocks k (K',)."""

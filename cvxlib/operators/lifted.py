@@ -44,8 +44,7 @@ def block_design(mixer: Mixer, tokens: Tensor, masks: Tensor, pooled: bool) -> T
     Returns:
         (n, P, p, w) if pooled, else (n, a, P, p, w).
     """
-    basis = torch.eye(mixer.p, dtype=tokens.dtype, device=tokens.device).reshape(mixer.p, *mixer.shape)
-    hidden = mixer.hidden(tokens, basis)  # (n, p, a, h)
+    hidden = mixer.rows(tokens)  # (n, p, a, h)
     values = mixer.values(tokens)  # (n, h, w)
     n, _, a, h = hidden.shape
     gates = masks.expand(n, -1, a, h).to(tokens.dtype)

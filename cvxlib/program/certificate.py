@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+#: roundings of its own type that a primal value may carry, in units of its size
+ROUNDINGS = 4096
 
 
 class Status(enum.StrEnum):
@@ -27,6 +31,17 @@ class Status(enum.StrEnum):
     INTERRUPTED = "The solve was interrupted: this is the best certified iterate so far."
 
 
+class Assurance(enum.StrEnum):
+    """What a lower bound rests on, as a sentence."""
+
+    RIGOROUS = "Rigorous: true in exact arithmetic for the tokens, targets and gate masks as they are stored."
+    ROUNDING = "To rounding: true but for rounding errors that nothing here bounds."
+
+
+class CrossedBounds(ArithmeticError):
+    """A lower bound above an upper one: one of the two is wrong."""
+
+
 @dataclass(frozen=True, repr=False)
 class Certificate:
     r"""A pair of values between which the global optimum lies.
@@ -38,17 +53,32 @@ class Certificate:
         dual: Fenchel dual value at a feasible dual point; a lower bound at any iterate.
         dual_point: (rows, c) the feasible dual point that gives ``dual``.
         dtype: arithmetic in which both values were computed.
+        assurance: what the lower bound rests on.
 
-    Source: Fenchel duality; book, chapter "Self-attention".
+    Raises:
+        CrossedBounds: the dual value exceeds the primal one by more than the rounding of the latter.
+
+    Source: Fenchel duality; book, chapters "Self-attention" and "Certificates".
     """
 
     primal: float
     dual: float
     dual_point: Tensor | None = field(default=None, repr=False, compare=False)
     dtype: torch.dtype = torch.float64
+    assurance: Assurance = Assurance.ROUNDING
+
+    def __post_init__(self) -> None:
+        size = max(abs(self.primal), abs(self.dual))
+        if not self.gap >= -ROUNDINGS * torch.finfo(self.dtype).eps * size:  # also where either is not a number
+            raise CrossedBounds(
+                f"certificate: expected dual <= primal; got dual={self.dual!r}, primal={self.primal!r} in {self.dtype}. "
+                "The likely cause is rounding where sizes differ by many orders (rescale tokens or targets, or use float64), "
+                "or gates, a loss or a mixer of your own that are not what they claim to be (cvxlib.testing tells)"
+            )
 
     def __repr__(self) -> str:
-        return f"Certificate(dual={self.dual:.6g}, primal={self.primal:.6g}, relative_gap={self.relative_gap:.1e})"
+        level = self.assurance.split(":")[0].lower()
+        return f"Certificate(dual={self.dual:.6g}, primal={self.primal:.6g}, relative_gap={self.relative_gap:.1e}, {level})"
 
     @property
     def gap(self) -> float:
@@ -57,7 +87,9 @@ class Certificate:
 
     @property
     def relative_gap(self) -> float:
-        """The gap over the larger of the two magnitudes."""
+        """The gap over the larger of the two magnitudes; infinite where there is no lower bound."""
+        if math.isinf(self.dual):
+            return math.inf
         return self.gap / max(abs(self.primal), abs(self.dual), torch.finfo(self.dtype).tiny)
 
 

@@ -20,7 +20,8 @@ from cvxlib.model.mixers import Mixer
 from cvxlib.model.stacked import exact_rows, lifted_rows, lifted_weights
 from cvxlib.operators.factored import FactoredOperator
 from cvxlib.operators.lifted import LiftedOperator
-from cvxlib.program.certificate import Certificate, Factors
+from cvxlib.program.certificate import Assurance, Certificate, Factors
+from cvxlib.program.verified import mean_below, norm_above, scaled_below
 
 #: stacked data of a ReLU with more entries than this are not formed: then no lower bound but 0 is left
 LARGEST_STACK = 50_000_000
@@ -249,9 +250,44 @@ class ConvexProgram:
         """The interval that lifted blocks (K, p, q) and their residual certify."""
         predictions = self.operator.forward(z)
         residual = self.loss.gradient(predictions, self.rows)
-        dual, point = self.feasible_dual(residual, self.dual_norm(residual))
+        _, point = self.feasible_dual(residual, self.dual_norm(residual))
         primal = self.data_loss(predictions) + self.beta * float(self.norm.value(z))
-        return Certificate(primal, dual, point, z.dtype)
+        return self.certify_point(primal, point, z.dtype)
+
+    def certify_point(self, primal: float, point: Tensor, dtype: torch.dtype = torch.float64) -> Certificate:
+        r"""The interval below an upper bound that a dual point (rows, c) proves, in float64 whatever the program's type.
+
+        Rigorous where :attr:`why_not_rigorous` has nothing to say: then the lower bound holds in exact arithmetic.
+
+        Args:
+            primal: an upper bound on the optimum, computed in ``dtype``.
+            point: (rows, c) a point that is feasible to rounding.
+            dtype: the arithmetic of the primal value.
+        """
+        exact = self.in_double()
+        point = point.double()
+        if self.why_not_rigorous is None:
+            above, distance = exact.loss.conjugate_above(point, exact.rows)
+            at_zero, _ = exact.loss.conjugate_above(torch.zeros_like(point), exact.rows)
+            value, zero = (mean_below(part, self.samples, self.reduce) for part in (above, at_zero))
+            norm = norm_above(*exact.factored.adjoint_within(point, distance), self.samples)
+            dual, factor = scaled_below(value, zero, norm, self.beta)
+            return Certificate(primal, dual, factor * point, dtype, Assurance.RIGOROUS)
+        dual, point = exact.feasible_dual(exact.loss.to_domain(point, exact.rows), exact.dual_norm(point))
+        return Certificate(primal, dual, point, dtype, Assurance.ROUNDING)
+
+    @property
+    def why_not_rigorous(self) -> str | None:
+        """What a bound of this program rests on besides exact arithmetic, in words; ``None`` where it rests on nothing else."""
+        if not self.activation.fixed:
+            return "the search through the cones of a ReLU holds to rounding"
+        if self.mixer.bounded_by is None:
+            return f"{type(self.mixer).__name__} does not say that its maps are sums of products"
+        if type(self.loss).conjugate_above is Loss.conjugate_above:
+            return f"{type(self.loss).__name__} does not say how its conjugate rounds"
+        if self.tokens.device.type != "cpu":
+            return f"nothing here bounds the rounding of products on {self.tokens.device.type}"
+        return None
 
     # the network
 
