@@ -15,7 +15,7 @@ PACKAGE = ROOT / "cvxlib"
 
 #: the floors, lowest first; a module may import from its own floor and below
 FLOORS = [
-    {"_checks", "_files", "solution", "one_process"},
+    {"_checks", "_identity", "_encoding", "_files", "solution", "one_process"},
     {"contractions", "operators", "losses", "norms", "mixers", "activations", "arrangements", "cones"},
     {"lifting", "factored", "heads", "programs", "recovery", "certify", "baselines"},
     {"solvers"},
