@@ -49,5 +49,7 @@ def test_a_mixer_without_a_formula_is_refused():
     class Mine(cvxlib.MLP):
         pass
 
-    with pytest.raises(ValueError, match="program: expected a mixer of this package; got Mine"):
+    with pytest.raises(
+        ValueError, match=r"program: expected one of SelfAttention, .* as cvxlib defines them; got .*Mine"
+    ):
         reference.solve(program(Mine(2, 2)))

@@ -10,6 +10,7 @@ import torch
 from family import LOSSES, MIXERS, POOLS, activation_of, build, name, normal, program
 
 import cvxlib
+from cvxlib.ground.tensor_files import CHECKSUM, KEY, _checksum
 from cvxlib.workflow.storage import FORMAT
 
 
@@ -31,13 +32,29 @@ def random_head(mixer, kind="gated", pool="mean", dtype=torch.float64):
 
 
 def rewritten(path, change):
-    """The file with its header (a dict) and its tensors changed."""
+    """The file with its header (a dict) and its tensors changed, and a checksum of what they are now."""
     with safetensors.safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["cvxlib"])
     tensors = safetensors.torch.load_file(path)
     header = change(header, tensors) or header
     text = header if isinstance(header, str) else json.dumps(header)
-    safetensors.torch.save_file(tensors, path, metadata={"cvxlib": text})
+    metadata = {KEY: text, CHECKSUM: _checksum(text, tensors)}
+    safetensors.torch.save_file(tensors, path, metadata=metadata)
+
+
+def in_format_1(path):
+    """The file as it was written before classes had modules and files had checksums."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["cvxlib"])
+    tensors = safetensors.torch.load_file(path)
+    for part in ("mixer", "activation"):
+        old = {"name": header[part]["class"].split(".")[-1], **header[part]["fields"]}
+        if old.pop("directions", None):
+            tensors["directions"] = tensors.pop("activation.directions")
+        header[part] = old
+    if "loss" in header:
+        header["loss"] = header["loss"]["class"].split(".")[-1]
+    safetensors.torch.save_file(tensors, path, metadata={KEY: json.dumps(header | {"format": 1})})
 
 
 # there and back
@@ -64,13 +81,12 @@ def test_a_solution_comes_back_and_can_be_audited(path, mixer, kind, loss, pool)
     solution = cvxlib.solve(program(mixer, kind, loss, pool), tol=1e-3)
     cvxlib.save(path, solution)
     back = cvxlib.load(path)
-    assert (back.certificate, back.status, back.solver, back.evaluations) == (
-        solution.certificate,
-        solution.status,
-        solution.solver,
-        solution.evaluations,
-    )
-    assert torch.equal(back.certificate.dual_point, solution.certificate.dual_point)
+    assert (back.status, back.solver, back.evaluations) == (solution.status, solution.solver, solution.evaluations)
+    # bounds are computed anew: the weaker of two that differ by rounding counts
+    assert back.certificate.primal == pytest.approx(solution.certificate.primal, rel=1e-12)
+    assert back.certificate.dual == pytest.approx(solution.certificate.dual, rel=1e-12)
+    assert back.certificate.dual <= solution.certificate.dual and back.objective >= solution.objective
+    torch.testing.assert_close(back.certificate.dual_point, solution.certificate.dual_point, rtol=1e-6, atol=1e-9)
     assert torch.equal(back.history, solution.history)
     assert torch.equal(back.lifted, solution.lifted)
     assert repr(back.program) == repr(solution.program)
@@ -95,7 +111,7 @@ def test_a_relu_head_and_solution_come_back(path):
     cvxlib.save(path, solution)
     back = cvxlib.load(path)
     assert back.program.activation.limit == 500
-    assert back.certificate == solution.certificate
+    assert back.certificate.dual == pytest.approx(solution.certificate.dual, rel=1e-12)
     assert torch.equal(back.head()(case.tokens), solution.head()(case.tokens))
     cvxlib.save(path, solution.head())
     assert torch.equal(cvxlib.load(path)(case.tokens), solution.head()(case.tokens))
@@ -127,16 +143,18 @@ class Mine(cvxlib.MLP):
 def test_a_mixer_of_ones_own_must_be_named_at_the_door(path):
     head = random_head(Mine(features=2, outputs=2, scale=3))
     cvxlib.save(path, head)
-    with pytest.raises(ValueError, match=r"load\(path, mixers=\[...\]\); got Mine$"):
+    with pytest.raises(ValueError, match=r"load\(path, parts=\[...\]\); got test_storage\.Mine$"):
         cvxlib.load(path)
     assert cvxlib.load(path, mixers=[Mine]).mixer == head.mixer
+    assert cvxlib.load(path, parts=[Mine]).mixer == head.mixer
 
 
 def test_the_version_and_configuration_are_legible(path, saved):
     with safetensors.safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["cvxlib"])
     assert (header["format"], header["version"], header["kind"]) == (FORMAT, cvxlib.__version__, "head")
-    assert header["mixer"] == {"name": "BlockFNO", "tokens": 4, "features": 2, "outputs": 2, "blocks": 2}
+    sizes = {"tokens": 4, "features": 2, "outputs": 2, "blocks": 2}
+    assert header["mixer"] == {"class": "cvxlib.BlockFNO", "fields": sizes}
 
 
 # what is not ours
@@ -188,13 +206,28 @@ def test_no_file(path):
         cvxlib.load(path)
 
 
+def changed(header, **fields):
+    """The header with other fields of the mixer."""
+    return header | {"mixer": {"class": header["mixer"]["class"], "fields": header["mixer"]["fields"] | fields}}
+
+
 CHANGES = {
     "damaged header": lambda header, tensors: "{",
-    "does not say its format": lambda header, tensors: "[]",
+    "one with a damaged header": lambda header, tensors: "[]",
+    "a damaged header .maximum recursion": lambda header, tensors: "[" * 100_000,
+    "does not say its format": lambda header, tensors: "{}",
     "format 99, by cvxlib": lambda header, tensors: header | {"format": 99},
-    "got nn.Module": lambda header, tensors: header | {"mixer": {"name": "nn.Module"}},
-    "a mixer of this package": lambda header, tensors: header | {"mixer": {"name": "Mixer"}},
-    "an activation of this package": lambda header, tensors: header | {"activation": {"name": "os.system"}},
+    "got nn.Module": lambda header, tensors: header | {"mixer": {"class": "nn.Module", "fields": {}}},
+    "a mixer of this package": lambda header, tensors: header | {"mixer": {"class": "cvxlib.Mixer", "fields": {}}},
+    "a mixer of this package.*got cvxlib.Linear": lambda header, tensors: (
+        header | {"mixer": {"class": "cvxlib.Linear", "fields": {}}}
+    ),
+    "an activation of this package": lambda header, tensors: (
+        header | {"activation": {"class": "os.system", "fields": {}}}
+    ),
+    "fit together .TypeError: string": lambda header, tensors: header | {"mixer": "cvxlib.MLP"},
+    "fit together .ValueError: a field of the unknown": lambda header, tensors: changed(header, tokens={"pickle": ""}),
+    "fit together .KeyError: 'other'": lambda header, tensors: changed(header, tokens={"tensor": "other"}),
     "fit together .KeyError: 'mixer'": lambda header, tensors: {k: v for k, v in header.items() if k != "mixer"},
     "fit together .KeyError: 'song'": lambda header, tensors: header | {"kind": "song"},
     "fit together .KeyError: 'u'": lambda header, tensors: tensors.__delitem__("u"),
@@ -202,8 +235,8 @@ CHANGES = {
     "fit together .ValueError: gate: expected indices 0 to 1": lambda header, tensors: tensors.update(
         gate=tensors["gate"] + 7
     ),
-    "fit together .TypeError": lambda header, tensors: header | {"mixer": header["mixer"] | {"cost": 1}},
-    "fit together .ValueError: outputs": lambda header, tensors: header | {"mixer": header["mixer"] | {"outputs": -2}},
+    "fit together .TypeError": lambda header, tensors: changed(header, cost=1),
+    "fit together .ValueError: outputs": lambda header, tensors: changed(header, outputs=-2),
     "fit together .ValueError: pool": lambda header, tensors: header | {"pool": "max"},
 }
 
@@ -239,7 +272,7 @@ def test_an_interrupted_write_leaves_the_old_file(path, saved, monkeypatch):
     def fail(*arguments, **options):
         raise OSError("disk full")
 
-    monkeypatch.setattr("cvxlib.workflow.storage.os.replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         cvxlib.save(path, random_head(build(cvxlib.MLP)))
     assert path.read_bytes() == before

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cvxlib.ground.checks import instance, require, wrong_type
-from cvxlib.model.activations import Activation, GatedReLU, ReLU
+from cvxlib.ground.identity import fingerprint
+from cvxlib.model.activations import Activation, ReLU
 from cvxlib.model.heads import Head
 from cvxlib.model.mixers import Mixer
 from cvxlib.operators.lifted import chunks
@@ -51,12 +52,17 @@ def certify(
     if hasattr(head, "why_not_certified"):
         raise wrong_type("head", "a cvxlib.Head", head.why_not_certified)
     instance("head", head, Head, "a cvxlib.Head (only heads of this form have the program's dual)")
-    require(head.mixer == program.mixer, "head", f"a head of {program.mixer!r}", f"a head of {head.mixer!r}")
+    require(
+        fingerprint(head.mixer) == fingerprint(program.mixer),
+        "head",
+        f"a head of {program.mixer!r}",
+        f"a head of {head.mixer!r}",
+    )
     require(head.pool == program.pool, "head", f"pool={program.pool!r}", f"a head with pool={head.pool!r}")
     require(
-        _same_gates(head.activation, program.activation),
+        fingerprint(head.activation) == fingerprint(program.activation),
         "head",
-        "the program's activation, gate for gate",
+        f"the program's activation {program.activation!r}, field for field",
         f"{head.activation!r}",
     )
 
@@ -134,11 +140,3 @@ def lifted_gradient(mixer: Mixer, activation: Activation, tokens: Tensor, dual: 
             (gradient,) = torch.autograd.grad(hidden, u, cotangent * mask.unsqueeze(1), retain_graph=True)
             total[g] += gradient.flatten(1).mT
     return total
-
-
-def _same_gates(one: Activation, other: Activation) -> bool:
-    if isinstance(one, GatedReLU) and isinstance(other, GatedReLU):
-        return one.directions.shape == other.directions.shape and torch.equal(
-            one.directions.cpu(), other.directions.cpu()
-        )
-    return type(one) is type(other)

@@ -8,7 +8,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from cvxlib.ground.checks import wrong_value
+from cvxlib.ground.checks import require
+from cvxlib.ground.identity import qualified
+from cvxlib.ground.one_process import require_alone
+from cvxlib.model.activations import GatedReLU, Linear
+from cvxlib.model.losses import CrossEntropy, SquaredLoss
+from cvxlib.model.mixers import (
+    FNO,
+    MLP,
+    BlockFNO,
+    CausalSelfAttention,
+    Convolution,
+    CrossAttention,
+    Mixer,
+    MLPMixer,
+    SelfAttention,
+)
 from cvxlib.program.program import ConvexProgram
 
 
@@ -18,7 +33,7 @@ def solve(program: ConvexProgram, **options) -> float:
     .. math:: \min_Z \frac1n \sum_i \ell\Big(\sum_k A_{i,k}(Z_k),\, y_i\Big) + \beta \sum_k \|Z_k\|_*
 
     Args:
-        program: a program with one of the package's mixers and linear or gated ReLU activation.
+        program: a program with one of the package's own mixers and losses, and linear or gated ReLU activation.
         options: passed to :meth:`cvxpy.Problem.solve`; the default solver is Clarabel.
 
     Returns:
@@ -26,18 +41,27 @@ def solve(program: ConvexProgram, **options) -> float:
 
     Raises:
         ImportError: CVXPY is not installed (``pip install "cvxlib[reference]"``).
-        ValueError: a mixer whose formula is not written down here.
+        ValueError: a mixer, an activation or a loss whose formula is not written down here (one of your own among them, whatever it is
+            called and whatever it inherits from), or samples that other processes hold.
         RuntimeError: the solver did not reach an optimal point.
     """
     import cvxpy as cp
 
+    require_alone("program", program.reduce)
+    for part, kinds in ((program.mixer, _LEFT), (program.activation, (Linear, GatedReLU)), (program.loss, _LOSSES)):
+        require(
+            type(part) in kinds,
+            "program",
+            f"one of {', '.join(kind.__name__ for kind in kinds)}, as cvxlib defines them",
+            qualified(type(part)),
+        )
     tokens = program.tokens.double().cpu().numpy()
     targets = program.targets.cpu().numpy()
     n, c, blocks = len(tokens), program.mixer.outputs, program.mixer.blocks
     directions = getattr(program.activation, "directions", None)
     gates = 1 if directions is None else len(directions)
 
-    squared = np.issubdtype(targets.dtype, np.floating)
+    squared = type(program.loss) is SquaredLoss
     penalty, columns, outside = 0, [], 0.0
     for b in range(blocks):
         seen = np.split(tokens, blocks, axis=2)[b]
@@ -89,39 +113,46 @@ def _design(mixer, x: np.ndarray, direction: np.ndarray | None, pool: str | None
     return design.mean(axis=0, keepdims=True) if pool == "mean" else design
 
 
-def _left(mixer, x: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """(a, h) the hidden matrix L_X u of one sample."""
+def _convolved(mixer: Mixer, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """(s, 1) the circular convolution of tokens and u, summed over features."""
     s = len(x)
-    match type(mixer).__name__:
-        case "SelfAttention":
-            return x @ u @ x.T
-        case "CausalSelfAttention":
-            return np.tril(x @ u @ x.T)
-        case "CrossAttention":
-            return x[: mixer.queries] @ u @ x[mixer.queries :].T
-        case "MLPMixer":
-            return u @ x
-        case "FNO" | "BlockFNO":
-            convolution = [sum(x[(a - k) % s] @ u[k] for k in range(s)) for a in range(s)]
-            return np.array(convolution)[:, None]
-        case "MLP":
-            return (x @ u)[:, None]
-        case "Convolution":
-            return np.array([[np.sum(x[k : k + mixer.kernel] * u) for k in range(s - mixer.kernel + 1)]])
-        case name:
-            raise wrong_value("program", "a mixer of this package", name)
+    return np.array([sum(x[(a - k) % s] @ u[k] for k in range(s)) for a in range(s)])[:, None]
 
 
-def _right(mixer, x: np.ndarray) -> np.ndarray:
+def _correlated(mixer: Convolution, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """(1, s - t + 1) the inner products of u with every t neighbouring tokens."""
+    return np.array([[np.sum(x[k : k + mixer.kernel] * u) for k in range(len(x) - mixer.kernel + 1)]])
+
+
+#: the hidden matrix L_X u (a, h) of one sample x (s, d), by the mixer's class itself: a subclass may have other formulas
+_LEFT = {
+    SelfAttention: lambda mixer, x, u: x @ u @ x.T,
+    CausalSelfAttention: lambda mixer, x, u: np.tril(x @ u @ x.T),
+    CrossAttention: lambda mixer, x, u: x[: mixer.queries] @ u @ x[mixer.queries :].T,
+    MLPMixer: lambda mixer, x, u: u @ x,
+    FNO: _convolved,
+    BlockFNO: _convolved,
+    MLP: lambda mixer, x, u: (x @ u)[:, None],
+    Convolution: _correlated,
+}
+
+#: the matrix R_X (h, w) of one sample, where it is not the number 1
+_RIGHT = {
+    SelfAttention: lambda mixer, x: x,
+    CausalSelfAttention: lambda mixer, x: x,
+    CrossAttention: lambda mixer, x: x[mixer.queries :],
+    MLPMixer: lambda mixer, x: np.eye(x.shape[1]),
+    Convolution: lambda mixer, x: np.eye(len(x) - mixer.kernel + 1),
+}
+
+_LOSSES = (SquaredLoss, CrossEntropy)
+
+
+def _left(mixer: Mixer, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """(a, h) the hidden matrix L_X u of one sample."""
+    return _LEFT[type(mixer)](mixer, x, u)
+
+
+def _right(mixer: Mixer, x: np.ndarray) -> np.ndarray:
     """(h, w) the matrix R_X of one sample."""
-    match type(mixer).__name__:
-        case "SelfAttention" | "CausalSelfAttention":
-            return x
-        case "CrossAttention":
-            return x[mixer.queries :]
-        case "MLPMixer":
-            return np.eye(x.shape[1])
-        case "Convolution":
-            return np.eye(len(x) - mixer.kernel + 1)
-        case _:
-            return np.ones((1, 1))
+    return _RIGHT[type(mixer)](mixer, x) if type(mixer) in _RIGHT else np.ones((1, 1))

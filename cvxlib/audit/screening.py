@@ -117,7 +117,9 @@ def restrict(program: ConvexProgram, gates: Tensor) -> ConvexProgram:
     require_alone("program", program.reduce)
     directions = program.activation.directions
     kept = GatedReLU(directions[gates.to(directions.device)])
-    return ConvexProgram(program.mixer, kept, program.loss, program.tokens, program.targets, program.beta, program.pool)
+    return ConvexProgram(
+        program.mixer, kept, program.loss, program.tokens, program.targets, program.beta, program.pool, copy=False
+    )
 
 
 def separable(program: ConvexProgram) -> bool:

@@ -17,6 +17,8 @@ class OneProcess:
     """What the processes that share a program's samples do together, when there is one (several: :mod:`cvxlib.parallel`)."""
 
     rank, size = 0, 1
+    #: whether all samples are in this process; asked instead of comparing with :data:`ALONE`, which copies and pickles do not survive
+    alone = True
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The sum of every process's tensor."""
@@ -49,4 +51,4 @@ ALONE = OneProcess()
 def require_alone(name: str, reduce: OneProcess) -> None:
     """Raise the ``ValueError`` if other processes hold samples too."""
     came = f"one that {reduce.size} processes share"
-    require(reduce is ALONE, name, "a program with all its samples in this process", came)
+    require(reduce.alone, name, "a program with all its samples in this process", came)

@@ -7,6 +7,7 @@ Once the gates are fixed the head is linear in the lifted matrices. Gates are bo
 from __future__ import annotations
 
 import abc
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from cvxlib.geometry.arrangements import enumerate_patterns
 from cvxlib.ground.checks import FLOATS, instance, positive_int, require, wrong_type
+from cvxlib.ground.identity import Part, own
 from cvxlib.model.mixers import Mixer
 from cvxlib.model.stacked import exact_rows
 
 
-class Activation(abc.ABC):
-    """A set of P gates."""
+class Activation(Part, abc.ABC):
+    """A set of P gates: a frozen value, equal to another of its class with equal fields."""
 
     #: P, the number of gates
     count: int
@@ -43,6 +45,7 @@ class Activation(abc.ABC):
         """Raise a ``ValueError`` if this activation does not fit the mixer."""
 
 
+@dataclass(frozen=True)
 class Linear(Activation):
     r"""No activation, :math:`\sigma(z) = z`: one gate, always open."""
 
@@ -54,16 +57,14 @@ class Linear(Activation):
     def check(self, mixer: Mixer) -> None:
         """Every mixer is linear without an activation."""
 
-    def __repr__(self) -> str:
-        return "Linear()"
 
-
+@dataclass(frozen=True, repr=False)
 class GatedReLU(Activation):
     r"""Gated ReLU, :math:`\sigma_g(L_X u) = \mathbb 1\{L_X h_g \ge 0\} \odot L_X u` with fixed directions :math:`h_g`.
 
     Args:
         directions: (P, \*direction_shape of the mixer): (P, d, d) for attention, (P, s, s) for MLP-Mixer, (P, s, d) for FNO,
-            (P, B, s, d/B) for block FNO, (P, d) for MLP. Float tensor or array.
+            (P, B, s, d/B) for block FNO, (P, d) for MLP. Float tensor or array, of which the gates keep a copy.
 
     Raises:
         TypeError: ``directions`` is not a float32 or float64 array.
@@ -72,17 +73,19 @@ class GatedReLU(Activation):
     Source: Mishkin, Sahiner and Pilanci 2022; book, chapter "Arrangements and gates".
     """
 
-    def __init__(self, directions: Tensor) -> None:
+    directions: Tensor
+
+    def __post_init__(self) -> None:
         expected = "a float32 or float64 array of shape (P, *direction shape of the mixer)"
         try:
-            directions = torch.as_tensor(directions)
+            directions = torch.as_tensor(self.directions)
         except (TypeError, ValueError, RuntimeError):
-            raise wrong_type("directions", expected, directions) from None
+            raise wrong_type("directions", expected, self.directions) from None
         if directions.dtype not in FLOATS:
             raise wrong_type("directions", expected, directions)
         require(directions.ndim >= 2 and directions.numel() > 0, "directions", expected, directions)
         require(bool(torch.isfinite(directions).all()), "directions", "finite entries", "NaN or infinite ones")
-        self.directions = directions
+        object.__setattr__(self, "directions", own(directions))
 
     @classmethod
     def sample(cls, mixer: Mixer, count: int, seed: int = 0) -> GatedReLU:
@@ -119,6 +122,7 @@ class GatedReLU(Activation):
         return f"GatedReLU(directions of shape {tuple(self.directions.shape)})"
 
 
+@dataclass(frozen=True, repr=False)
 class ReLU(Activation):
     r"""ReLU, :math:`\sigma(z) = \max(z, 0)`: every neuron opens its own gates.
 
@@ -127,15 +131,18 @@ class ReLU(Activation):
 
     Args:
         limit: largest number of sign patterns to enumerate; with more, the certificate falls back on a bound that needs no pattern.
+            It changes no network, and ReLUs that differ in it alone are equal.
 
     Source: Pilanci and Ergen 2020; Sahiner et al. 2022, section 3; book, chapter "ReLU and its cones".
     """
 
+    limit: int = field(default=10_000, compare=False)
+
     count = 1
     fixed = False
 
-    def __init__(self, limit: int = 10_000) -> None:
-        self.limit = positive_int("limit", limit)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "limit", positive_int("limit", self.limit))
 
     def check(self, mixer: Mixer) -> None:
         """Every mixer takes a ReLU."""

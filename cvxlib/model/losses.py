@@ -7,20 +7,23 @@ A loss acts on rows: ``predictions`` is ``(rows, c)`` and ``targets`` is either 
 from __future__ import annotations
 
 import abc
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from cvxlib.ground.checks import describe, float_tensor, require, wrong_type
+from cvxlib.ground.identity import Part
 
 _TINY = torch.finfo(torch.float64).tiny
 
 
-class Loss(abc.ABC):
+class Loss(Part, abc.ABC):
     r"""A convex loss :math:`\ell(f, y)` with Lipschitz gradient.
 
-    Every method works row by row, so that sums, means and shards are the caller's choice.
+    Every method works row by row, so that sums, means and shards are the caller's choice. A loss is a frozen value: one of your own
+    with parameters is best a frozen dataclass, and equals another of its class with the same parameters.
     """
 
     #: smallest L with ``||gradient(f) - gradient(g)|| <= L ||f - g||``
@@ -71,16 +74,8 @@ class Loss(abc.ABC):
     def curvature(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """(rows, c) the diagonal of the Hessian of each row's loss."""
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
 
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
-
-    def __hash__(self) -> int:
-        return hash(type(self))
-
-
+@dataclass(frozen=True)
 class SquaredLoss(Loss):
     r"""Squared loss :math:`\ell(f, y) = \tfrac12 \|f - y\|^2`, with :math:`\ell^*(\rho, y) = \tfrac12\|\rho\|^2 + \langle \rho, y\rangle`."""
 
@@ -120,6 +115,7 @@ class SquaredLoss(Loss):
         return torch.ones_like(predictions)
 
 
+@dataclass(frozen=True)
 class CrossEntropy(Loss):
     r"""Softmax cross-entropy :math:`\ell(f, y) = \log \sum_k e^{f_k} - f_y` (natural logarithm).
 

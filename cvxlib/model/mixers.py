@@ -18,15 +18,18 @@ import torch
 from torch import Tensor
 
 from cvxlib.ground.checks import float_tensor, positive_int, require
+from cvxlib.ground.identity import Part
 from cvxlib.model.contractions import Contraction, mean_queries
 
 
-class Mixer(abc.ABC):
+class Mixer(Part, abc.ABC):
     r"""The two linear maps of a head, :math:`L_X u` and :math:`R_X`: the protocol of a mixer of your own.
 
     Subclass it as a frozen dataclass with an integer field ``outputs`` (and ``features`` and ``tokens`` where the
     mixer fixes them: inputs are then checked against them), and give it ``shape``, ``width``, ``hidden`` and
-    ``values``. :func:`cvxlib.testing.check_mixer` tells whether the result is sound.
+    ``values``. Fields declared ``int`` must be whole numbers of at least 1; others may be what they like (numbers, tuples,
+    tensors, of which the mixer keeps copies), and two mixers of one class with equal fields are equal.
+    :func:`cvxlib.testing.check_mixer` tells whether the result is sound.
     """
 
     outputs: int
@@ -91,8 +94,10 @@ class Mixer(abc.ABC):
         return self.sums if self.written_for_its_maps("sums") else None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in dataclasses.fields(self):
-            positive_int(field.name, getattr(self, field.name))
+            if field.type in (int, "int"):
+                positive_int(field.name, getattr(self, field.name))
         require(self.outputs % self.blocks == 0, "blocks", f"a divisor of outputs = {self.outputs}", f"{self.blocks}")
 
     @property

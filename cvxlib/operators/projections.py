@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cvxlib.ground.one_process import ALONE, OneProcess
+from cvxlib.ground.one_process import OneProcess
 from cvxlib.operators.maps import BlockMap, DesignMap, MaskedMap
 
 
@@ -22,7 +22,7 @@ class GraphProjection:
     def __init__(self, block: BlockMap, reduce: OneProcess) -> None:
         self.block, self.reduce = block, reduce
         # the smaller of the two Gram matrices carries the same information; only that of the columns is a sum over processes
-        self.wide = reduce is ALONE and isinstance(block, (DesignMap, MaskedMap)) and block.rows <= block.columns
+        self.wide = reduce.alone and isinstance(block, (DesignMap, MaskedMap)) and block.rows <= block.columns
         self.gram = block.outer() if self.wide else reduce(block.gram())
 
     def set_ratio(self, ratio: float) -> None:

@@ -62,6 +62,8 @@ class Processes(OneProcess):
     "Algorithms" (a reduce-scatter, then an all-gather: each entry is summed in one place).
     """
 
+    alone = False
+
     def __init__(self, timeout: float = 300.0) -> None:
         self.timeout = timedelta(seconds=positive_float("timeout", timeout))
         self._store: distributed.Store | None = None

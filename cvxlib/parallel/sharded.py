@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cvxlib.ground.checks import instance, require
-from cvxlib.ground.tensor_files import digest
+from cvxlib.ground.identity import fingerprint
 from cvxlib.model.activations import Activation, ReLU
 from cvxlib.model.losses import Loss
 from cvxlib.model.mixers import Mixer
@@ -35,6 +35,7 @@ class ShardedProgram(ConvexProgram):
         beta: weight decay of the whole program.
         pool: ``"mean"`` or ``None``.
         processes: who holds the samples; by default all that were started.
+        copy: as in :class:`cvxlib.ConvexProgram`.
 
     Raises:
         TypeError, ValueError: as :class:`cvxlib.ConvexProgram`, and a ``ValueError`` on every process if one of them was given bad
@@ -51,6 +52,8 @@ class ShardedProgram(ConvexProgram):
         beta: float,
         pool: str | None = "mean",
         processes: Processes | None = None,
+        *,
+        copy: bool | None = None,
     ) -> None:
         processes = processes or _everyone()
 
@@ -62,11 +65,10 @@ class ShardedProgram(ConvexProgram):
                 "fixed gates; the sign patterns of a ReLU depend on all samples at once",
                 repr(activation),
             )
-            super(ShardedProgram, self).__init__(mixer, activation, loss, tokens, targets, beta, pool)
+            super(ShardedProgram, self).__init__(mixer, activation, loss, tokens, targets, beta, pool, copy=copy)
+            parts = {"mixer": self.mixer, "activation": self.activation, "loss": self.loss}
             return {
-                "mixer": repr(self.mixer),
-                "activation": f"{self.activation!r} with digest {digest(None, getattr(self.activation, 'directions', None))}",
-                "loss": repr(self.loss),
+                **{name: f"{part!r} with digest {fingerprint(part)}" for name, part in parts.items()},
                 "tokens": f"(n, {', '.join(map(str, self.tokens.shape[1:]))}) {self.tokens.dtype} on a {self.tokens.device.type}",
                 "beta": repr(self.beta),
                 "pool": repr(self.pool),
@@ -90,7 +92,15 @@ class ShardedProgram(ConvexProgram):
             return self
         targets = self.targets.double() if self.targets.is_floating_point() else self.targets
         return ShardedProgram(
-            self.mixer, self.activation, self.loss, self.tokens.double(), targets, self.beta, self.pool, self.reduce
+            self.mixer,
+            self.activation,
+            self.loss,
+            self.tokens.double(),
+            targets,
+            self.beta,
+            self.pool,
+            self.reduce,
+            copy=False,
         )
 
     def __repr__(self) -> str:
@@ -126,4 +136,5 @@ def shard(program: ConvexProgram, processes: Processes | None = None) -> Sharded
         program.beta,
         program.pool,
         processes,
+        copy=False,
     )

@@ -6,12 +6,14 @@ import copy
 import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cvxlib.geometry.cones import any_pattern_bound
 from cvxlib.geometry.norms import BlockConeNorm, BlockNuclearNorm
 from cvxlib.ground.checks import instance, positive_float, require
+from cvxlib.ground.identity import own
 from cvxlib.ground.one_process import ALONE, OneProcess
 from cvxlib.model.activations import Activation, ReLU
 from cvxlib.model.heads import Head
@@ -30,6 +32,22 @@ LARGEST_STACK = 50_000_000
 LARGEST_DESIGN = 2**30
 
 
+class _Lent:
+    """Tensors that belong to the caller, and the versions that torch counts of them; a deep copy or a pickle has its own, and lends none."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.tensors = {name: (t, t._version) for name, t in tensors.items() if not t.is_inference()}
+
+    def require_unchanged(self) -> None:
+        """Raise the ``ValueError`` if one of them was changed in place."""
+        for name, (tensor, version) in self.tensors.items():
+            came = f"a tensor changed in place {tensor._version - version} times since (copy=False keeps the caller's)"
+            require(tensor._version == version, name, "the data that the program was made of", came)
+
+    def __reduce__(self) -> tuple:
+        return _Lent, ()
+
+
 class ConvexProgram:
     r"""The convex program whose optimal value is that of a wide enough head trained with weight decay.
 
@@ -37,6 +55,9 @@ class ConvexProgram:
 
     With ``pool="mean"`` predictions are averaged over output positions before the loss; with ``pool=None`` the loss of a sample
     is the sum over its tokens.
+
+    The program keeps its own copy of tokens and targets, so that a certificate is about the data that it was given, whatever becomes of
+    the caller's arrays.
 
     Args:
         mixer: how tokens are mixed.
@@ -46,10 +67,14 @@ class ConvexProgram:
         targets: (n,) class indices or (n, c) values if pooled; (n, s) indices or (n, s, c) values per token.
         beta: weight decay, greater than 0, for the penalty :math:`\tfrac\beta2 \sum_j (\|u_j\|^2 + \|V_j\|_F^2)`.
         pool: ``"mean"`` or ``None``.
+        copy: whether the program keeps a copy of tokens and targets; by default of all but a :class:`numpy.memmap`, which may be larger
+            than memory. Without a copy (``False``, for a tensor on a memory map, say) the data must not change while the program is
+            used: an in-place operation of torch on the caller's tensor is noticed and refused, a change by other ways is not.
 
     Raises:
         TypeError: an argument of the wrong kind (tokens of integers, class targets that are floats, ...).
-        ValueError: shapes that do not fit each other or the mixer, NaN, targets out of range, beta not above 0.
+        ValueError: shapes that do not fit each other or the mixer, NaN, targets out of range, beta not above 0; later, where nothing was
+            copied, data that were changed in place.
 
     Source: Sahiner et al. 2022, Theorem 3.1 and section 4; book, chapter "Self-attention".
     """
@@ -66,14 +91,17 @@ class ConvexProgram:
         targets: Tensor,
         beta: float,
         pool: str | None = "mean",
+        *,
+        copy: bool | None = None,
     ) -> None:
+        instance("copy", copy, (bool, type(None)), "True, False or None")
         instance("mixer", mixer, Mixer, "a Mixer such as cvxlib.SelfAttention(features=d, outputs=c)")
         instance("activation", activation, Activation, "an Activation such as cvxlib.Linear()")
         instance("loss", loss, Loss, "a Loss such as cvxlib.SquaredLoss()")
         require(pool in ("mean", None), "pool", "'mean' or None", repr(pool))
         self.mixer, self.activation, self.loss, self.pool = mixer, activation, loss, pool
         self.beta = positive_float("beta", beta)
-        self.tokens = mixer.check(tokens)
+        self._tokens, self._lent = mixer.check(tokens), _Lent()
         activation.check(mixer)
         n = len(self.tokens)
         self.positions = mixer.hidden(mixer.split(self.tokens[:1])[0], self.tokens.new_zeros(1, *mixer.shape)).shape[2]
@@ -81,6 +109,16 @@ class ConvexProgram:
         if targets.is_floating_point():
             targets = targets.to(self.tokens.dtype)
         self.targets = targets.to(self.tokens.device)
+        if copy or (copy is None and not isinstance(tokens, np.memmap)):
+            self._tokens, self.targets = own(self.tokens), own(self.targets)
+        else:
+            self._lent = _Lent(tokens=self.tokens, targets=self.targets)
+
+    @property
+    def tokens(self) -> Tensor:
+        """(n, s, d) the tokens."""
+        self._lent.require_unchanged()
+        return self._tokens
 
     @property
     def samples(self) -> int:
@@ -148,7 +186,9 @@ class ConvexProgram:
 
     def relaxation(self) -> ConvexProgram:
         """The same program without the cones: for ReLU, gated ReLU over all sign patterns, whose optimum is a lower bound."""
-        return ConvexProgram(self.mixer, self.gates, self.loss, self.tokens, self.targets, self.beta, self.pool)
+        return ConvexProgram(
+            self.mixer, self.gates, self.loss, self.tokens, self.targets, self.beta, self.pool, copy=False
+        )
 
     def with_beta(self, beta: float) -> ConvexProgram:
         """The same program at another weight decay, sharing everything already computed."""
@@ -162,7 +202,7 @@ class ConvexProgram:
             return self
         targets = self.targets.double() if self.targets.is_floating_point() else self.targets
         return ConvexProgram(
-            self.mixer, self.activation, self.loss, self.tokens.double(), targets, self.beta, self.pool
+            self.mixer, self.activation, self.loss, self.tokens.double(), targets, self.beta, self.pool, copy=False
         )
 
     def in_double(self) -> ConvexProgram:

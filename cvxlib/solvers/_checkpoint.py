@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cvxlib.ground.checks import require, wrong_value
-from cvxlib.ground.tensor_files import digest, read_tensors, write_tensors
+from cvxlib.ground.identity import fingerprint
+from cvxlib.ground.tensor_files import read_tensors, write_tensors
 from cvxlib.program.program import ConvexProgram
 
 #: seconds between two writes of a solver whose iterations are short
@@ -28,9 +29,8 @@ class Checkpoint:
     def __init__(self, path: str | Path, program: ConvexProgram, solver: str) -> None:
         self.path, self.program = Path(path), program
         require(not self.path.is_dir(), "checkpoint", "a file's name", f"the folder {self.path}")
-        words = (program.mixer, program.activation, program.loss, program.pool, program.beta, solver)
-        directions = getattr(program.activation, "directions", None)
-        mine = bytes.fromhex(digest(words, program.tokens, program.targets, directions))
+        parts = (program.mixer, program.activation, program.loss, program.pool, program.beta, solver)
+        mine = bytes.fromhex(fingerprint(*parts, program.tokens, program.targets))
         every = program.reduce.gather(torch.tensor([list(mine)], device=program.tokens.device))
         self.fingerprint = bytes(every.flatten().tolist()).hex()
         self._last = time.monotonic()

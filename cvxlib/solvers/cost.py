@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from cvxlib.ground.one_process import ALONE
 from cvxlib.model.losses import SquaredLoss
 from cvxlib.program.program import LARGEST_DESIGN, ConvexProgram
 
@@ -64,7 +63,7 @@ def gram_side(program: ConvexProgram) -> int:
     """The side of the Gram matrix that operator splitting factors: of the columns where processes share the rows, else the smaller one."""
     operator = program.operator
     columns = operator.shape[0] * program.mixer.p * program.mixer.width // program.mixer.blocks
-    return min(operator.rows, columns) if program.reduce is ALONE else columns
+    return min(operator.rows, columns) if program.reduce.alone else columns
 
 
 def choose(program: ConvexProgram) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from cvxlib.ground.checks import positive_float, positive_int, require, wrong_value
+from cvxlib.ground.tensor_files import replacing
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -173,7 +174,8 @@ def train_classifier(
         bar.set_postfix_str(f"test error {error:.1%}")
         if checkpoint is not None:
             state = {"settings": settings, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
-            _save({**state, "schedule": schedule.state_dict(), "history": history}, Path(checkpoint))
+            with replacing(checkpoint) as temporary, temporary.open("wb") as stream:
+                torch.save({**state, "schedule": schedule.state_dict(), "history": history}, stream)
         if max_seconds is not None and seconds - earlier > max_seconds:
             break
     return history
@@ -188,10 +190,3 @@ def classification_error(model: nn.Module, data: tuple[Tensor, Tensor], batch: i
         for images, labels in zip(data[0].split(batch), data[1].split(batch), strict=True)
     )
     return wrong / len(data[1])
-
-
-def _save(state: dict, path: Path) -> None:
-    """Write a checkpoint whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)

@@ -133,7 +133,8 @@ class Experiment:
     def program(self, head: str, activation: str, beta: float, dtype: torch.dtype = torch.float64) -> ConvexProgram:
         """The program of a head, pooled, with cross-entropy; for the linear head and softmax it only supplies the training data."""
         mixer, gates = self.mixer(head), self.activation(head, activation)
-        return ConvexProgram(mixer, gates, CrossEntropy(), self.data.tokens.to(dtype), self.data.labels, beta)
+        tokens = self.data.tokens.to(dtype)  # of the experiment's own, and large
+        return ConvexProgram(mixer, gates, CrossEntropy(), tokens, self.data.labels, beta, copy=False)
 
     def network(self, head: str, activation: str, seed: int) -> nn.Module:
         """The network that is trained, with ``neurons`` neurons and random weights, in float32."""

@@ -93,7 +93,9 @@ class _ConvexHead(BaseEstimator):
         """Solve the program of the data and keep the network."""
         tokens = torch.tensor(X, device=device)
         mixer = self._mixer(X.shape[1], X.shape[2], outputs)
-        program = ConvexProgram(mixer, self._activation(mixer), loss, tokens, torch.tensor(targets, device=device), 1.0)
+        program = ConvexProgram(
+            mixer, self._activation(mixer), loss, tokens, torch.tensor(targets, device=device), 1.0, copy=False
+        )
         beta = positive_float("beta", self.beta)
         if self.relative:
             beta *= program.beta_max() or 1.0

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from cvxlib.ground.checks import require, wrong_value
-from cvxlib.ground.tensor_files import digest, read_tensors, write_tensors
-from cvxlib.program.certificate import Certificate, Factors, Status
+from cvxlib.ground.identity import fingerprint
+from cvxlib.ground.tensor_files import read_tensors, write_tensors
 from cvxlib.program.program import ConvexProgram
 from cvxlib.program.solution import Solution
+from cvxlib.workflow.storage import result_as_tensors, result_from_tensors
 
 
 @dataclass(frozen=True)
@@ -34,30 +32,17 @@ class Points:
         require(
             not folder.exists() or folder.is_dir(), "checkpoint", "a folder, or a path where there is none", str(folder)
         )
-        self.folder, self.program, self.fingerprint = folder, program, _fingerprint(program, options)
-        self.betas = options["betas"]
+        self.folder, self.program, self.betas = folder, program, options["betas"]
+        parts = (program.mixer, program.activation, program.loss, program.pool)
+        self.fingerprint = fingerprint(*parts, program.tokens, program.targets, options)
 
     def file(self, index: int) -> Path:
         return self.folder / f"point-{index:04d}.safetensors"
 
     def write(self, index: int, point: Point) -> None:
         """Write a point under a temporary name and rename it: there is a whole file or none."""
-        solution = point.solution
-        header = {
-            "fingerprint": self.fingerprint,
-            "primal": solution.certificate.primal,
-            "dual": solution.certificate.dual if math.isfinite(solution.certificate.dual) else None,
-            "dtype": str(solution.certificate.dtype).removeprefix("torch."),
-            "status": solution.status.name,
-            "solver": solution.solver,
-            "evaluations": solution.evaluations,
-            "screened": point.screened,
-            "solved": point.solved,
-        }
-        factors = solution.factors
-        tensors = {"u": factors.u, "v": factors.v, "block": factors.block, "history": solution.history}
-        if solution.certificate.dual_point is not None:
-            tensors["dual_point"] = solution.certificate.dual_point
+        header, tensors = result_as_tensors(point.solution)
+        header |= {"fingerprint": self.fingerprint, "screened": point.screened, "solved": point.solved}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_tensors(self.file(index), tensors, header)
 
@@ -76,25 +61,9 @@ class Points:
             raise wrong_value("checkpoint", ours, str(error)) from None
         same = header.get("fingerprint") == self.fingerprint
         require(same, "checkpoint", ours, f"those of another call in {self.folder}")
-        certificate = Certificate(
-            header["primal"],
-            -math.inf if header["dual"] is None else header["dual"],
-            tensors.get("dual_point"),
-            getattr(torch, header["dtype"]),
-        )
-        solution = Solution(
-            self.program.with_beta(beta),
-            Factors(tensors["u"], tensors["v"], tensors["block"]),
-            certificate,
-            Status[header["status"]],
-            header["solver"],
-            header["evaluations"],
-            tensors["history"].cpu(),
-        )
-        return Point(solution, header["screened"], header["solved"])
-
-
-def _fingerprint(program: ConvexProgram, options: dict) -> str:
-    """A digest of everything that a path depends on."""
-    words = [program.mixer, program.activation, program.loss, program.pool, program.tokens.dtype, options]
-    return digest(words, program.tokens, program.targets, getattr(program.activation, "directions", None))
+        try:
+            solution = result_from_tensors(self.program.with_beta(beta), header, tensors)
+            return Point(solution, int(header["screened"]), int(header["solved"]))
+        except (KeyError, TypeError, ValueError) as error:
+            came = f"{file}, which does not fit together ({type(error).__name__}: {error})"
+            raise wrong_value("checkpoint", ours, came) from None
