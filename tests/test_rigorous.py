@@ -1,6 +1,7 @@
 """Rigorous bounds: what a float dual point proves, held against exact arithmetic."""
 
 import math
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -10,6 +11,7 @@ from family import LOSSES, MIXERS, POOLS, name, normal, program
 
 import cvxlib
 from cvxlib.geometry.norms import spectral_above
+from cvxlib.operators.gates import GatesByRounding
 from cvxlib.program.certificate import Assurance, CrossedBounds
 from cvxlib.program.verified import mean_below, scaled_below
 
@@ -176,3 +178,48 @@ def test_tiny_and_huge_tokens_have_the_same_optimum(scale):
     case = program(mixer)
     other = program(mixer, tokens=case.tokens * scale)
     assert other.beta_max() == pytest.approx(case.beta_max() * scale**3, rel=1e-9)
+
+
+def centred(order):
+    """Tokens whose features add up to zero, in an order: along the direction of ones every hidden entry is a rounding error."""
+    tokens = normal(8, 3, 4, seed=2) * 10.0 ** normal(4, seed=3)
+    tokens -= tokens.mean(2, keepdim=True)
+    return tokens[:, :, order]
+
+
+def test_gates_that_rounding_decides_are_counted_and_frozen():
+    mixer, ones = cvxlib.MLP(4, 2), cvxlib.GatedReLU(torch.ones(1, 4).double())
+    with pytest.warns(GatesByRounding, match="entries of L_X h are within rounding of 0"):
+        case = program(mixer, ones, pool=None, tokens=centred([0, 1, 2, 3]))
+        solution = cvxlib.solve(case, tol=1e-6)
+        certificate = cvxlib.certify(case, solution.head())
+    assert case.frozen.margin.close > 0 and case.frozen.margin.least < 1
+    # in single precision the audit is about the same masks as the solve
+    single = program(mixer, ones, pool=None, tokens=centred([0, 1, 2, 3]).float())
+    found = cvxlib.solve(single, tol=1e-4)
+    audit = cvxlib.certify(single, found.head(), found.certificate.dual_point)
+    assert audit.primal == pytest.approx(found.objective, rel=1e-5)
+    assert certificate.primal == pytest.approx(solution.objective, rel=1e-9)
+
+
+def test_gates_that_are_clear_are_not_complained_of():
+    case = program(cvxlib.SelfAttention(2, 2), "gated")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GatesByRounding)
+        cvxlib.solve(case)
+        zero = program(cvxlib.MLP(2, 2), cvxlib.GatedReLU(torch.zeros(1, 2).double()))
+        cvxlib.solve(zero)
+    assert case.frozen.margin.close == zero.frozen.margin.close == 0 and case.frozen.margin.least > 1
+
+
+@pytest.mark.parametrize("activation", ["linear", "gated"])
+@pytest.mark.parametrize("mixer", MIXERS, ids=name)
+def test_masks_are_the_same_whichever_samples_are_asked_for(mixer, activation, monkeypatch):
+    case = program(mixer, activation, samples=7)
+    whole = [case.frozen.masks(b, 0, 7) for b in range(mixer.blocks)]
+    monkeypatch.setattr("cvxlib.operators.gates.KEPT_BYTES", 0)
+    monkeypatch.setattr("cvxlib.operators.gates.CHUNK_BYTES", 1000)
+    again = program(mixer, activation, samples=7).frozen
+    for start, stop in ((0, 7), (2, 5), (6, 7)):
+        for b, masks in enumerate(whole):
+            assert torch.equal(again.masks(b, start, stop), masks[start:stop])

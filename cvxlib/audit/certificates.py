@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cvxlib.ground.checks import instance, require, wrong_type
 from cvxlib.ground.identity import fingerprint
-from cvxlib.model.activations import Activation, ReLU
+from cvxlib.model.activations import ReLU
 from cvxlib.model.heads import Head
-from cvxlib.model.mixers import Mixer
+from cvxlib.operators.gates import Gates
 from cvxlib.operators.lifted import chunks
 from cvxlib.program.certificate import Certificate
 from cvxlib.program.program import ConvexProgram
@@ -71,8 +71,7 @@ def certify(
     weights = [*head.parameters(), *head.buffers()]
     for weight, first in zip(weights, exact.reduce.agree(*(weight.data for weight in weights)), strict=True):
         weight.data = first
-    predictions = predict(head, program.tokens)
-    predictions = predictions.reshape(-1, program.mixer.outputs)
+    predictions = predict_own(program, head).reshape(-1, program.mixer.outputs)
     (decay,) = exact.reduce.agree(head.weight_decay().detach())
     primal = exact.data_loss(predictions) + exact.beta * float(decay)
     candidates = [exact.loss.gradient(predictions, exact.rows)]
@@ -95,15 +94,30 @@ def predict(head: Head, tokens: Tensor) -> Tensor:
     return torch.cat([head(part.to(dtype)) for part in tokens.split(sizes)])
 
 
+@torch.no_grad()
+def predict_own(program: ConvexProgram, head: Head) -> Tensor:
+    """Predictions for the program's own tokens, through the masks that the program is about."""
+    if not program.activation.fixed:
+        return predict(head, program.tokens)
+    seen, start, parts = program.mixer.split(program.tokens)[0], 0, []
+    dtype = next(head.parameters()).dtype
+    for part in chunks(head.mixer, seen, 3 * len(head) + head.activation.count):
+        stop = start + len(part)
+        masks = [program.frozen.masks(b, start, stop) for b in range(program.mixer.blocks)]
+        parts.append(head(program.tokens[start:stop].to(dtype), masks))
+        start = stop
+    return torch.cat(parts)
+
+
 def dual_norm(program: ConvexProgram, dual: Tensor) -> float:
     r"""The dual norm :math:`\max_k \|\tfrac1n A_k^*\rho\|_2` of a point (rows, c), by the adjoint that autograd gives."""
     if not program.enumerated:
         return program.dual_norm(dual)
     mixer, gradients = program.mixer, []
     per_sample = dual.reshape(len(program.tokens), -1, mixer.outputs)  # (n, 1 or a, c)
-    for b, seen in enumerate(mixer.split(program.tokens)):
+    for b in range(mixer.blocks):
         columns = slice(b * mixer.block_outputs, (b + 1) * mixer.block_outputs)
-        gradient = lifted_gradient(mixer, program.gates, seen, per_sample[..., columns], b)
+        gradient = lifted_gradient(program.frozen, per_sample[..., columns], b)
         if isinstance(program.activation, ReLU):  # patterns that never open have neither gradient nor cone
             gradient = gradient[program.operator.gate[program.operator.block == b]]
         gradients.append(gradient)
@@ -111,26 +125,23 @@ def dual_norm(program: ConvexProgram, dual: Tensor) -> float:
 
 
 @torch.enable_grad()
-def lifted_gradient(mixer: Mixer, activation: Activation, tokens: Tensor, dual: Tensor, block: int = 0) -> Tensor:
+def lifted_gradient(gates: Gates, dual: Tensor, block: int = 0) -> Tensor:
     r"""The adjoint of the lifted operator of one block, summed over samples.
 
     Args:
-        mixer: the mixer.
-        activation: the gates.
-        tokens: (n, s, d) what the block sees.
+        gates: the mixer's gates on the tokens.
         dual: (n, a, c / B), or (n, 1, c / B) when predictions are averaged over output positions.
         block: which block.
 
     Returns:
         (P, p, q) one matrix per gate.
     """
-    total = dual.new_zeros(activation.count, mixer.p, mixer.q)
-    start = 0
-    for part in chunks(mixer, tokens, 6 * mixer.q + activation.count):
-        part = part.to(dual)
-        rho = dual[start : start + len(part)]
-        start += len(part)
-        masks = activation.masks(mixer, part, block)
+    mixer, start = gates.mixer, 0
+    total = dual.new_zeros(gates.count, mixer.p, mixer.q)
+    for part in chunks(mixer, mixer.split(gates.tokens)[block], 6 * mixer.q + gates.count):
+        part, stop = part.to(dual), start + len(part)
+        rho, masks = dual[start:stop], gates.masks(block, start, stop)
+        start = stop
         u = part.new_zeros(mixer.q, *mixer.shape, requires_grad=True)
         hidden = mixer.hidden(part, u)  # (n, q, a, h)
         positions = hidden.shape[2]

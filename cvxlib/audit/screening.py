@@ -144,16 +144,18 @@ def _squares(program: ConvexProgram) -> Tensor:
     for b, seen in enumerate(mixer.split(program.tokens)):
         kept = operator.gate[operator.block == b]
         total = seen.new_zeros(len(kept), mixer.width, mixer.width)
+        start = 0
         for part in chunks(mixer, seen, mixer.p + 2 * program.gates.count):
-            total += _chunk_squares(mixer, program, part, kept, b)
+            masks = program.frozen.masks(b, start, start + len(part))[:, kept]
+            start += len(part)
+            total += _chunk_squares(mixer, part, masks, program.pool == "mean")
         totals.append(total)
     return program.reduce(torch.cat(totals))
 
 
-def _chunk_squares(mixer: Mixer, program: ConvexProgram, tokens: Tensor, kept: Tensor, block: int) -> Tensor:
-    """(K_b, w, w) the sum over some samples (n, s, d), as one block sees them."""
-    pooled = program.pool == "mean"
-    design = block_design(mixer, tokens, program.gates.masks(mixer, tokens, block)[:, kept], pooled)
+def _chunk_squares(mixer: Mixer, tokens: Tensor, masks: Tensor, pooled: bool) -> Tensor:
+    """(K_b, w, w) the sum over some samples (n, s, d), as one block sees them, through masks (n, K_b, a, h)."""
+    design = block_design(mixer, tokens, masks, pooled)
     return torch.einsum("ngpw,ngpx->gwx", *[design if pooled else design.flatten(0, 1)] * 2)
 
 

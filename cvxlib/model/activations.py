@@ -32,6 +32,10 @@ class Activation(Part, abc.ABC):
     def masks(self, mixer: Mixer, tokens: Tensor, block: int = 0) -> Tensor:
         """(n, P, a, h) gates on the hidden matrices of one of the mixer's blocks, for that block's tokens (n, s, d)."""
 
+    def decided(self, mixer: Mixer, tokens: Tensor, block: int = 0) -> Tensor | None:
+        """(n, P, a, h) by how many times what rounding can change each number is away from where its gate turns; ``None`` if no number decides."""
+        return None
+
     def apply(self, mixer: Mixer, tokens: Tensor, hidden: Tensor, gate: Tensor, block: int = 0) -> Tensor:
         """(n, m, a, h) what passes of the hidden matrices of m neurons of a block, neuron j through ``gate[j]``."""
         return hidden * self.masks(mixer, tokens, block)[:, gate]
@@ -115,8 +119,16 @@ class GatedReLU(Activation):
         )
 
     def masks(self, mixer: Mixer, tokens: Tensor, block: int = 0) -> Tensor:
-        directions = self.directions.unflatten(0, (self.count, 1)) if mixer.blocks == 1 else self.directions
-        return mixer.hidden(tokens, directions[:, block].to(tokens)) >= 0
+        return mixer.hidden(tokens, self._of(mixer, block).to(tokens)) >= 0
+
+    def decided(self, mixer: Mixer, tokens: Tensor, block: int = 0) -> Tensor:
+        hidden, size = _hidden_and_size(mixer, tokens, self._of(mixer, block).to(tokens))
+        # what is 0 because nothing was added is 0 without rounding
+        return torch.where(size > 0, hidden.abs() / ((mixer.p + 8) * torch.finfo(tokens.dtype).eps * size), torch.inf)
+
+    def _of(self, mixer: Mixer, block: int) -> Tensor:
+        """(P, *shape) the directions of one of the mixer's blocks."""
+        return self.directions if mixer.blocks == 1 else self.directions[:, block]
 
     def __repr__(self) -> str:
         return f"GatedReLU(directions of shape {tuple(self.directions.shape)})"
@@ -182,10 +194,16 @@ class ReLU(Activation):
 
 def _apart(mixer: Mixer, tokens: Tensor, directions: Tensor, patterns: Tensor) -> bool:
     """Whether the hidden entries of directions (P, ...) have the signs of the patterns (P, R), and not by rounding alone."""
-    hidden = mixer.hidden(tokens, directions)
-    # what a sample's entries would be if nothing cancelled bounds what rounding can change, also where a transform mixes them
-    size = mixer.hidden(tokens.abs(), directions.abs()).abs().amax((2, 3), keepdim=True)
+    hidden, size = _hidden_and_size(mixer, tokens, directions)
     clear = hidden.abs() > 64 * mixer.p * torch.finfo(tokens.dtype).eps * size
     blind = mixer.hidden(tokens.abs(), torch.ones_like(directions[:1])) == 0  # rows of zeros are 0 exactly
     matches = (hidden >= 0) == patterns.reshape(len(patterns), len(tokens), *hidden.shape[2:]).transpose(0, 1)
     return bool((matches & (clear | blind)).all())
+
+
+def _hidden_and_size(mixer: Mixer, tokens: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, P, a, h) hidden entries, and what they would be if nothing cancelled, which bounds what rounding can change."""
+    size = mixer.hidden(tokens.abs(), directions.abs()).abs()
+    if mixer.bounded_by != "hidden":  # a transform mixes the entries of a sample
+        size = size.amax((2, 3), keepdim=True).expand_as(size)
+    return mixer.hidden(tokens, directions), size

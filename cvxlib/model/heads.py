@@ -2,6 +2,8 @@ r"""The networks: heads :math:`f(X) = \sum_j \sigma(L_X u_j)\, R_X V_j` as torch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -89,13 +91,21 @@ class Head(nn.Module):
     def __len__(self) -> int:
         return len(self.u)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Predictions for tokens (n, s, d): (n, c) when pooled, (n, a, c) when not."""
+    def forward(self, tokens: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
+        """Predictions for tokens (n, s, d): (n, c) when pooled, (n, a, c) when not.
+
+        Args:
+            tokens: (n, s, d).
+            masks: for each of the mixer's blocks gates (n, P, a, h) to take instead of those that the activation finds on these tokens.
+        """
         outputs = []
         for b, seen in enumerate(self.mixer.split(tokens)):
             mine = (self.block == b).nonzero().squeeze(1)
             hidden = self.mixer.hidden(seen, self.u[mine])  # (n, m, a, h)
-            hidden = self.activation.apply(self.mixer, seen, hidden, self.gate[mine], b)
+            if masks is None:
+                hidden = self.activation.apply(self.mixer, seen, hidden, self.gate[mine], b)
+            else:
+                hidden = hidden * (masks[b] if masks[b].shape[1] == 1 else masks[b][:, self.gate[mine]])
             projected = self.mixer.values(seen).unsqueeze(1) @ self.v[mine]  # (n, m, h, c / B)
             if self.pool:
                 hidden = hidden.mean(2, keepdim=True)

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from cvxlib.ground.checks import require
 from cvxlib.ground.one_process import ALONE, OneProcess
-from cvxlib.model.activations import Activation
 from cvxlib.model.contractions import Contraction, Design, largest_workspace
-from cvxlib.model.mixers import Mixer
+from cvxlib.operators.gates import Gates
 from cvxlib.operators.hidden import HiddenMatrices
 from cvxlib.operators.lifted import block_design
 from cvxlib.operators.maps import BlockOperator, CoreMap
@@ -54,9 +53,7 @@ class FactoredOperator:
     Factors are u (m, p), v (m, w, c / B) and k (m,), the lifted block of each head; k stays on the CPU.
 
     Args:
-        mixer: the mixer.
-        activation: its gates.
-        tokens: (n, s, d), perhaps memory-mapped.
+        gates: the mixer's gates on the tokens, which may be memory-mapped.
         pooled: average over the output positions.
         gate: (K,) the gate of each lifted block.
         block: (K,) the mixer's block of each lifted block.
@@ -68,9 +65,7 @@ class FactoredOperator:
 
     def __init__(
         self,
-        mixer: Mixer,
-        activation: Activation,
-        tokens: Tensor,
+        gates: Gates,
         pooled: bool,
         gate: Tensor,
         block: Tensor,
@@ -79,7 +74,8 @@ class FactoredOperator:
         memory: float | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.mixer, self.activation, self.tokens, self.pooled = mixer, activation, tokens, pooled
+        self.gates, self.mixer, self.tokens, self.pooled = gates, gates.mixer, gates.tokens, pooled
+        mixer, tokens = self.mixer, self.tokens
         self.gate, self.block, self.rows, self.reduce = gate.cpu(), block.cpu(), rows, reduce
         self.dtype, self.device = dtype or tokens.dtype, tokens.device
         self.memory = _budget(self.device) if memory is None else memory
@@ -101,18 +97,18 @@ class FactoredOperator:
 
     def _choose(self) -> tuple[Callable[[Tensor, int], Contraction], Contraction]:
         """The contraction that takes least time: how it is made, and that of one sample and block."""
-        one, masks = self._seen(self.tokens[:1])[0]
+        one, masks = self._seen(0, 1)[0]
         pooled = self._pooled(one, masks) if self.pooled else None
         make, part = (self._hidden, self._hidden(one, masks)) if pooled is None else (self._pooled, pooled)
         # only its shape counts; where it could not be kept it would have to be formed head by head in every pass
-        shape = (self.activation.count, part.rows, self.mixer.width, self.mixer.p)
+        shape = (self.gates.count, part.rows, self.mixer.width, self.mixer.p)
         design = Design(torch.empty(shape, dtype=self.dtype, device="meta"))
         fits = design.bytes * len(self.tokens) * self.mixer.blocks <= self.memory
         return (self._design, design) if fits and _cost(design) < _cost(part) else (make, part)
 
     def every_way(self) -> Iterator[FactoredOperator]:
         """The same operator by each contraction that the mixer has, whatever it takes."""
-        one, masks = self._seen(self.tokens[:1])[0]
+        one, masks = self._seen(0, 1)[0]
         for make in (self._hidden, self._design, self._pooled if self.pooled else None):
             part = make and make(one, masks)
             if part is not None:
@@ -122,10 +118,10 @@ class FactoredOperator:
 
     # the parts
 
-    def _seen(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What each of the mixer's blocks sees of tokens (n, s, d), or of their absolute values, and its masks."""
-        parts = self.mixer.split(tokens.to(self.dtype))
-        masks = [self.activation.masks(self.mixer, seen, b) for b, seen in enumerate(parts)]
+    def _seen(self, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
+        """What each of the mixer's blocks sees of consecutive samples, or of their absolute values, and its masks."""
+        parts = self.mixer.split(self.tokens[start:stop].to(self.dtype))
+        masks = [self.gates.masks(b, start, stop) for b in range(len(parts))]
         return [(seen.abs() if self.absolute else seen, mask) for seen, mask in zip(parts, masks, strict=True)]
 
     def _hidden(self, seen: Tensor, masks: Tensor) -> Contraction:
@@ -147,12 +143,11 @@ class FactoredOperator:
         if self._parts is not None:
             yield from self._parts
             return
-        kept, start = [], 0
-        for tokens in self.tokens.split(self.step):
-            count = len(tokens) * (self.rows // len(self.tokens))
-            blocks = tuple(self._make(seen, masks) for seen, masks in self._seen(tokens))
-            part = Part(slice(start, start + count), blocks)
-            start += count
+        kept, each = [], self.rows // len(self.tokens)
+        for start in range(0, len(self.tokens), self.step):
+            stop = min(start + self.step, len(self.tokens))
+            blocks = tuple(self._make(seen, masks) for seen, masks in self._seen(start, stop))
+            part = Part(slice(start * each, stop * each), blocks)
             if self.stored:
                 kept.append(part)
             yield part
@@ -239,12 +234,12 @@ class FactoredOperator:
         Source: Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1; book, chapter "Certificates".
         """
         require(self.mixer.bounded_by is not None, "mixer", "one whose maps are sums of products", repr(self.mixer))
-        one, (p, w) = self._seen(self.tokens[:1])[0][0], (self.mixer.p, self.mixer.width)
+        one, (p, w) = self._seen(0, 1)[0][0], (self.mixer.p, self.mixer.width)
         a, h = self.mixer.hidden(one, one.new_zeros(1, *self.mixer.shape)).shape[2:]
         signed = copy.copy(self)
         if self.mixer.bounded_by == "rows" and self._make != self._design:
             signed._make, signed.stored, signed._parts = self._design, False, None
-            size = self.activation.count * p * max(a * h, w) * dual.element_size()
+            size = self.gates.count * p * max(a * h, w) * dual.element_size()
             signed.step = max(1, min(self.step, int(4 * largest_workspace(self.device) / size)))
         absolute = copy.copy(signed)
         absolute.absolute, absolute.stored, absolute._parts = True, False, None

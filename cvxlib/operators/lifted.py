@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from cvxlib.ground.one_process import ALONE, OneProcess
-from cvxlib.model.activations import Activation
 from cvxlib.model.mixers import Mixer
+from cvxlib.operators.gates import Gates
 from cvxlib.operators.maps import BlockMap, BlockOperator, DesignMap, MaskedMap
 
 CHUNK_BYTES = 128 * 2**20
@@ -63,18 +63,14 @@ class LiftedOperator(BlockOperator):
     P B. The design tensors are formed when they are first needed.
 
     Args:
-        mixer: the mixer.
-        activation: its gates.
-        tokens: (n, s, d).
+        gates: the mixer's gates on the tokens.
         pooled: average over the output positions.
         reduce: sums a tensor over all processes that hold samples; by default there is one.
     """
 
-    def __init__(
-        self, mixer: Mixer, activation: Activation, tokens: Tensor, pooled: bool, reduce: OneProcess = ALONE
-    ) -> None:
-        self.mixer, self.activation, self.tokens, self.pooled, self.reduce = mixer, activation, tokens, pooled, reduce
-        kept = [distinct_gates(mixer, activation, seen, b, reduce) for b, seen in enumerate(mixer.split(tokens))]
+    def __init__(self, gates: Gates, pooled: bool, reduce: OneProcess = ALONE) -> None:
+        self.gates, self.mixer, self.tokens, self.pooled, self.reduce = gates, gates.mixer, gates.tokens, pooled, reduce
+        kept, tokens = [distinct_gates(gates, b, reduce) for b in range(self.mixer.blocks)], self.tokens
         #: (K,) the gate of each lifted block, in order of the mixer's blocks
         self.gate = torch.tensor([g for gates in kept for g in gates], device=tokens.device)
         #: (K,) the mixer's block of each lifted block
@@ -86,9 +82,10 @@ class LiftedOperator(BlockOperator):
         return tuple(self._map(seen, b) for b, seen in enumerate(self.mixer.split(self.tokens)))
 
     def _map(self, seen: Tensor, b: int) -> BlockMap:
-        kept, designs, gates = self.gate[self.block == b], [], []
-        for part in chunks(self.mixer, seen, self.mixer.p + 2 * self.activation.count):
-            masks = self.activation.masks(self.mixer, part, b)[:, kept]
+        kept, designs, gates, start = self.gate[self.block == b], [], [], 0
+        for part in chunks(self.mixer, seen, self.mixer.p + 2 * self.gates.count):
+            masks = self.gates.masks(b, start, start + len(part))[:, kept]
+            start += len(part)
             if self.masked:
                 each = masks.expand(len(part), -1, self.rows // len(self.tokens), 1)
                 gates.append(each.squeeze(3).mT.flatten(0, 1).to(part.dtype))  # (rows, K_b)
@@ -134,18 +131,18 @@ class LiftedOperator(BlockOperator):
         return self.tokens.new_zeros(self.shape)
 
 
-def distinct_gates(
-    mixer: Mixer, activation: Activation, tokens: Tensor, block: int, reduce: OneProcess = ALONE
-) -> list[int]:
-    """Gates of a block that open somewhere and differ from each other somewhere on tokens (n, s, d): the first of equals, and never none."""
-    if activation.count == 1:
+def distinct_gates(gates: Gates, block: int, reduce: OneProcess = ALONE) -> list[int]:
+    """Gates of a block that open somewhere and differ from each other somewhere on the tokens: the first of equals, and never none."""
+    tokens, start = gates.tokens, 0
+    if gates.count == 1:
         return [0]
     # two sums of random 64-bit numbers over the open entries tell masks apart: they add up over chunks and over processes
     generator, same = torch.Generator().manual_seed(1 + reduce.rank), torch.Generator().manual_seed(0)
-    digests = torch.zeros(activation.count, 2, dtype=torch.int64, device=tokens.device)
+    digests = torch.zeros(gates.count, 2, dtype=torch.int64, device=tokens.device)
     entry = None
-    for part in chunks(mixer, tokens, 9 * activation.count):
-        masks = activation.masks(mixer, part, block).flatten(2)  # (n, P, a h)
+    for part in chunks(gates.mixer, gates.mixer.split(tokens)[block], 9 * gates.count):
+        masks = gates.masks(block, start, start + len(part)).flatten(2)  # (n, P, a h)
+        start += len(part)
         if entry is None:
             entry = _random_int64(masks.shape[2], same).to(tokens.device)
         per_sample = (masks * entry).sum(2)

@@ -21,6 +21,7 @@ from cvxlib.model.losses import Loss
 from cvxlib.model.mixers import Mixer
 from cvxlib.model.stacked import exact_rows, lifted_rows, lifted_weights
 from cvxlib.operators.factored import FactoredOperator
+from cvxlib.operators.gates import Gates
 from cvxlib.operators.lifted import LiftedOperator
 from cvxlib.program.certificate import Assurance, Certificate, Factors
 from cvxlib.program.verified import mean_below, norm_above, scaled_below
@@ -133,7 +134,7 @@ class ConvexProgram:
     @functools.cached_property
     def operator(self) -> LiftedOperator:
         """The lifted linear operator, built once."""
-        return LiftedOperator(self.mixer, self.gates, self.tokens, self.pool == "mean", self.reduce)
+        return LiftedOperator(self.frozen, self.pool == "mean", self.reduce)
 
     @functools.cached_property
     def factored(self) -> FactoredOperator:
@@ -143,9 +144,7 @@ class ConvexProgram:
     def _factored(self, dtype: torch.dtype) -> FactoredOperator:
         operator = self.operator
         return FactoredOperator(
-            self.mixer,
-            self.gates,
-            self.tokens,
+            self.frozen,
             self.pool == "mean",
             operator.gate,
             operator.block,
@@ -158,6 +157,11 @@ class ConvexProgram:
     def gates(self) -> Activation:
         """The fixed gates: the activation's own, and for ReLU those of all sign patterns (``ValueError`` where these are too many)."""
         return self.activation.gates(self.mixer, self.tokens)
+
+    @functools.cached_property
+    def frozen(self) -> Gates:
+        """The gates on the program's own tokens, decided once in float64: the masks that every bound is about."""
+        return Gates(self.mixer, self.gates, self._tokens)
 
     @functools.cached_property
     def enumerated(self) -> bool:
@@ -306,6 +310,8 @@ class ConvexProgram:
         """
         exact = self.in_double()
         point = point.double()
+        if self.activation.fixed:
+            self.frozen.warn_if_close()
         if self.why_not_rigorous is None:
             above, distance = exact.loss.conjugate_above(point, exact.rows)
             at_zero, _ = exact.loss.conjugate_above(torch.zeros_like(point), exact.rows)
