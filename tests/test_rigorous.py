@@ -171,13 +171,60 @@ def test_what_a_bound_rests_on_is_said():
     assert "rigorous" in repr(rigorous)
 
 
-@pytest.mark.parametrize("scale", [1e-55, 1e-30, 1e-8, 1e8, 1e30])
-def test_tiny_and_huge_tokens_have_the_same_optimum(scale):
-    """Attention is cubic in the tokens: with beta scaled alike nothing changes."""
-    mixer = cvxlib.SelfAttention(2, 2)
+SCALES = [1e-100, 1e-55, 1e-30, 1e-8, 1e8, 1e30, 1e60]
+
+
+def scaled(case, tokens, targets=1.0):
+    """The same program in other units: with beta scaled as the theory says, its solution is the same in those units."""
+    y = case.targets * targets if case.targets.is_floating_point() else case.targets
+    beta = case.beta * targets * tokens**case.mixer.degree
+    return cvxlib.ConvexProgram(case.mixer, case.activation, case.loss, case.tokens * tokens, y, beta, case.pool)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("mixer, activation", [(m, a) for m in MIXERS for a in ("linear", "gated")], ids=name)
+@pytest.mark.parametrize("loss", LOSSES, ids=name)
+def test_tokens_of_any_size_have_the_same_solution(mixer, activation, loss, scale):
+    case = program(mixer, activation, loss)
+    other = scaled(case, scale)
+    assert other.beta_max() == pytest.approx(case.beta_max() * scale**mixer.degree, rel=1e-9)
+    one, two = cvxlib.solve(case, tol=1e-6), cvxlib.solve(other, tol=1e-6)
+    assert two.status is cvxlib.Status.CERTIFIED and two.objective == pytest.approx(one.objective, rel=2e-6)
+    assert two.certificate.dual <= one.objective
+    predictions = [solution.head()(solution.program.tokens).detach() for solution in (one, two)]
+    assert torch.allclose(*predictions, rtol=1e-2, atol=1e-2)
+    audit = cvxlib.certify(other, two.head(), two.certificate.dual_point)
+    assert audit.relative_gap <= 2e-6
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e-30, 1e30, 1e100])
+@pytest.mark.parametrize("mixer", MIXERS, ids=name)
+def test_targets_of_any_size_have_the_same_solution(mixer, scale):
     case = program(mixer)
-    other = program(mixer, tokens=case.tokens * scale)
-    assert other.beta_max() == pytest.approx(case.beta_max() * scale**3, rel=1e-9)
+    one, two = cvxlib.solve(case, tol=1e-6), cvxlib.solve(scaled(case, 1.0, scale), tol=1e-6)
+    assert two.status is cvxlib.Status.CERTIFIED
+    assert two.objective == pytest.approx(one.objective * scale**2, rel=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-8, 1e6, 1e9])
+def test_single_precision_holds_sizes_that_its_weights_can(scale):
+    case = program(cvxlib.SelfAttention(2, 2), loss=LOSSES[1])
+    single = cvxlib.ConvexProgram(
+        case.mixer, case.activation, case.loss, (case.tokens * scale).float(), case.targets, case.beta * scale**3
+    )
+    assert single.beta_max() == pytest.approx(case.beta_max() * scale**3, rel=1e-5)
+    solution = cvxlib.solve(single, tol=1e-4)
+    assert solution.certificate.relative_gap <= 1e-4
+    assert solution.objective == pytest.approx(cvxlib.solve(case).objective, rel=3e-4)
+
+
+def test_a_size_that_no_weight_can_hold_is_a_clear_error():
+    tokens = (normal(4, 3, 2) * 1e-36).float()
+    case = cvxlib.ConvexProgram(
+        cvxlib.SelfAttention(2, 2), cvxlib.Linear(), LOSSES[1], tokens, torch.tensor([0, 1, 0, 1]), 1e-110
+    )
+    with pytest.raises(ValueError, match=r"tokens: expected a size for which torch\.float32 can hold the weights"):
+        cvxlib.solve(case)
 
 
 def centred(order):

@@ -175,6 +175,14 @@ class BlockConeNorm:
         return self._cones[k]
 
 
+def frobenius(g: Tensor) -> Tensor:
+    """(K,) the Frobenius norms of blocks (K, p, q), not below them in exact arithmetic; no square over- or underflows."""
+    size = g.abs().amax((1, 2))
+    scale = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
+    norm = (g / scale.reshape(-1, 1, 1)).flatten(1).norm(dim=1) * scale
+    return norm * (1 + (g[0].numel() + 8) * torch.finfo(g.dtype).eps) + TINY
+
+
 @torch.no_grad()
 def spectral_above(g: Tensor) -> Tensor:
     r"""(K,) numbers that no singular value of the blocks (K, p, q) exceeds, in exact arithmetic.

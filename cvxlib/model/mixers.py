@@ -38,6 +38,8 @@ class Mixer(Part, abc.ABC):
     #: ``"hidden"`` or ``"rows"``: which of the two does nothing but add products of entries, up to the sign of which the same of absolute
     #: values bounds its rounding; then bounds are rigorous. ``None``: not known, and bounds hold to rounding
     sums: ClassVar[str | None] = None
+    #: g, where ``hidden`` times ``values`` is homogeneous of this degree in the tokens: extreme data are then solved in other units
+    degree: ClassVar[int | None] = None
 
     @property
     @abc.abstractmethod
@@ -93,6 +95,11 @@ class Mixer(Part, abc.ABC):
         """:attr:`sums`, unless it was inherited past another ``hidden`` or ``values``."""
         return self.sums if self.written_for_its_maps("sums") else None
 
+    @property
+    def homogeneous(self) -> int | None:
+        """:attr:`degree`, unless it was inherited past another ``hidden`` or ``values``."""
+        return self.degree if self.written_for_its_maps("degree") else None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in dataclasses.fields(self):
@@ -147,7 +154,7 @@ class SelfAttention(Mixer):
     Source: Sahiner et al. 2022, Theorem 3.1; book, chapter "Self-attention".
     """
 
-    sums = "hidden"
+    sums, degree = "hidden", 3
     features: int
     outputs: int
 
@@ -183,7 +190,7 @@ class CausalSelfAttention(SelfAttention):
     Source: the program is that of self-attention with :math:`L_X U = \operatorname{tril}(X U X^\top)`.
     """
 
-    sums = "hidden"
+    sums, degree = "hidden", 3
 
     def hidden(self, tokens: Tensor, u: Tensor) -> Tensor:
         return super().hidden(tokens, u).tril()
@@ -212,7 +219,7 @@ class CrossAttention(Mixer):
     Source: the program is that of self-attention with two token sets.
     """
 
-    sums = "hidden"
+    sums, degree = "hidden", 3
     features: int
     outputs: int
     queries: int
@@ -256,7 +263,7 @@ class MLPMixer(Mixer):
     Source: Sahiner et al. 2022, section 4; book, chapter "MLP-Mixer".
     """
 
-    sums = "hidden"
+    sums, degree = "hidden", 1
     tokens: int
     features: int
     outputs: int
@@ -297,7 +304,7 @@ class FNO(Mixer):
     Source: Sahiner et al. 2022, section 4; book, chapter "FNO".
     """
 
-    sums = "rows"  # the transform mixes entries of all sizes
+    sums, degree = "rows", 1  # the transform mixes entries of all sizes
     tokens: int
     features: int
     outputs: int
@@ -361,7 +368,7 @@ class BlockFNO(Mixer):
     Source: Sahiner et al. 2022, section 4 (the block-diagonal operator of AFNO); book, chapter "Block FNO".
     """
 
-    sums = "rows"
+    sums, degree = "rows", 1
     tokens: int
     features: int
     outputs: int
@@ -398,7 +405,7 @@ class MLP(Mixer):
     Source: Pilanci and Ergen 2020; book, chapter "Two-layer networks".
     """
 
-    sums = "hidden"
+    sums, degree = "hidden", 1
     features: int
     outputs: int
 
@@ -433,7 +440,7 @@ class Convolution(Mixer):
     Source: Sahiner et al. 2024, Theorem 3.6.
     """
 
-    sums = "hidden"
+    sums, degree = "hidden", 1
     tokens: int
     features: int
     outputs: int

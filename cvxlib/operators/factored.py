@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cvxlib.geometry.norms import frobenius
 from cvxlib.ground.checks import require
 from cvxlib.ground.one_process import ALONE, OneProcess
 from cvxlib.model.contractions import Contraction, Design, largest_workspace
@@ -248,7 +249,7 @@ class FactoredOperator:
         roundings = (samples + a + h + p + w + 32) * torch.finfo(dual.dtype).eps / 2
         gamma = roundings / (1 - roundings)
         near = absolute.adjoint(gamma * dual.abs() + (1 + gamma) * distance)
-        return signed.adjoint(dual), near.flatten(1).norm(dim=1) * (1 + 4 * gamma)
+        return signed.adjoint(dual), frobenius(near) * (1 + 4 * gamma)
 
     def core(self, left: Tensor, right: Tensor, k: Tensor) -> BlockOperator:
         r"""The operator restricted to :math:`Z_k = P_k C_k Q_k^\top`, for left P (K', p, R) and right Q (K', q, R') of the ascending blocks k (K',)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 from cvxlib.ground.checks import instance, require
@@ -86,22 +85,10 @@ class ShardedProgram(ConvexProgram):
         """The same program without the cones, which only ReLU has: this one."""
         return self
 
-    def double(self) -> ShardedProgram:
-        """The same program in float64, from the same tokens."""
-        if self.tokens.dtype == torch.float64:
-            return self
-        targets = self.targets.double() if self.targets.is_floating_point() else self.targets
-        return ShardedProgram(
-            self.mixer,
-            self.activation,
-            self.loss,
-            self.tokens.double(),
-            targets,
-            self.beta,
-            self.pool,
-            self.reduce,
-            copy=False,
-        )
+    def on(self, tokens: Tensor, targets: Tensor, beta: float) -> ShardedProgram:
+        """The same mixer, activation, loss and pooling on other data, which are not copied, at another weight decay."""
+        parts = (self.mixer, self.activation, self.loss)
+        return ShardedProgram(*parts, tokens, targets, beta, self.pool, self.reduce, copy=False)
 
     def __repr__(self) -> str:
         whole = super().__repr__().replace("ConvexProgram", "ShardedProgram").removesuffix(")")

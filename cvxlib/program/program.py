@@ -205,9 +205,11 @@ class ConvexProgram:
         if self.tokens.dtype == torch.float64:
             return self
         targets = self.targets.double() if self.targets.is_floating_point() else self.targets
-        return ConvexProgram(
-            self.mixer, self.activation, self.loss, self.tokens.double(), targets, self.beta, self.pool, copy=False
-        )
+        return self.on(self.tokens.double(), targets, self.beta)
+
+    def on(self, tokens: Tensor, targets: Tensor, beta: float) -> ConvexProgram:
+        """The same mixer, activation, loss and pooling on other data, which are not copied, at another weight decay."""
+        return ConvexProgram(self.mixer, self.activation, self.loss, tokens, targets, beta, self.pool, copy=False)
 
     def in_double(self) -> ConvexProgram:
         """The same program for arithmetic in float64 on the tokens as they are, which are converted part by part and never copied whole."""

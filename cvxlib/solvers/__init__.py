@@ -15,6 +15,7 @@ from cvxlib.program.solution import Solution
 from cvxlib.solvers import proximal, relu, splitting, staircase
 from cvxlib.solvers._checkpoint import Checkpoint
 from cvxlib.solvers.cost import choose
+from cvxlib.solvers.scaling import Scaling
 
 #: name of a solver, and the function that runs it
 SOLVERS = {
@@ -85,7 +86,8 @@ def solve(
             f"a solution with lifted blocks {program.operator.shape}",
             f"one with lifted blocks {start.program.operator.shape}",
         )
-    reason = None
+    scaling, reason = Scaling.of(program), None
+    program, start = scaling.scaled(), scaling.there(start)
     if solver is None:
         solver, reason = ("relu", None) if cones else choose(program)
     options = {"tol": tol, "max_iterations": max_iterations, "start": start}
@@ -94,5 +96,5 @@ def solve(
         require(not cones, "checkpoint", "None for ReLU", str(checkpoint))
         options["checkpoint"] = Checkpoint(checkpoint, program, solver)
     with program.reduce.held():
-        solution = SOLVERS[solver](program, **options)
+        solution = scaling.back(SOLVERS[solver](program, **options))
     return replace(solution, solver=f"{solution.solver} ({reason})") if reason else solution
