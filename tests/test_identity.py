@@ -4,106 +4,18 @@ import copy
 import enum
 import functools
 import pickle
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
 from family import MIXERS, build, name, normal, program
-from torch import Tensor
+from parts import Frozen, Ordinary, Picking, Scaled, Threshold
 
 import cvxlib
 from cvxlib.ground.identity import Part, fields, fingerprint, qualified
 from cvxlib.operators.projections import GraphProjection
 from cvxlib.solvers.cost import gram_side
 from cvxlib.testing.mixers import check_mixer
-
-# parts of one's own
-
-
-class Weighing(cvxlib.Loss):
-    """The squared loss times ``weight``, which subclasses supply."""
-
-    def check(self, targets, shape, outputs):
-        return cvxlib.SquaredLoss().check(targets, shape, outputs)
-
-    @property
-    def smoothness(self):
-        return self.weight
-
-    def value(self, predictions, targets):
-        return self.weight * (predictions - targets).square().sum(-1) / 2
-
-    def gradient(self, predictions, targets):
-        return self.weight * (predictions - targets)
-
-    def conjugate(self, dual, targets):
-        return (dual * (dual / (2 * self.weight) + targets)).sum(-1)
-
-    def to_domain(self, dual, targets):
-        return dual
-
-    def prox(self, point, targets, rho, start=None):
-        return (self.weight * targets + rho * point) / (self.weight + rho)
-
-    def hessian_product(self, *arguments):
-        return self.weight * arguments[-1]
-
-    def curvature(self, predictions, targets):
-        return torch.full_like(predictions, self.weight)
-
-
-class Ordinary(Weighing):
-    """With an attribute."""
-
-    def __init__(self, weight):
-        self.weight = weight
-
-
-@dataclass(frozen=True)
-class Frozen(Weighing):
-    """With a field."""
-
-    weight: float
-
-
-class Threshold(cvxlib.Activation):
-    """Open where the mean token's first feature is above a level, closed elsewhere."""
-
-    count = 1
-
-    def __init__(self, level):
-        self.level = level
-
-    def check(self, mixer):
-        pass
-
-    def masks(self, mixer, tokens, block=0):
-        return (tokens.mean(1)[:, :1] > self.level)[:, :, None, None]
-
-
-@dataclass(frozen=True)
-class Scaled(cvxlib.MLP):
-    """With a tensor: a scale for every feature."""
-
-    scale: Tensor = field(default_factory=lambda: torch.ones(2, dtype=torch.float64))
-
-    def hidden(self, tokens, u):
-        return super().hidden(tokens * self.scale.to(tokens), u)
-
-
-@dataclass(frozen=True)
-class Picking(cvxlib.MLP):
-    """With a tuple, a number and a string: some of the features, scaled."""
-
-    kept: tuple[int, ...] = (0, 1)
-    scale: float = 1.0
-    label: str = "some"
-
-    def hidden(self, tokens, u):
-        mask = torch.zeros(tokens.shape[2]).to(tokens)
-        mask[list(self.kept)] = self.scale
-        return super().hidden(tokens * mask, u)
 
 
 def weighed(loss, seed=0):
@@ -284,7 +196,7 @@ def test_what_shows_no_value_has_no_fingerprint():
 
 
 def test_qualified_names():
-    assert qualified(Frozen) == f"{__name__}.Frozen"
+    assert qualified(Frozen) == "parts.Frozen"
     assert qualified(cvxlib.MLP) == "cvxlib.MLP" and qualified(cvxlib.GatedReLU) == "cvxlib.GatedReLU"
     kinds, waiting = set(), [Part]
     while waiting:

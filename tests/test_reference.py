@@ -2,6 +2,7 @@
 
 import pytest
 from family import EVERY_CASE, MIXERS, name, program
+from parts import Frozen, Scaled, Threshold
 
 import cvxlib
 
@@ -45,11 +46,23 @@ def test_repeated_gates_leave_the_optimum(mixer):
     assert relative(cvxlib.solve(twice, tol=1e-7).objective, reference.solve(case)) < 1e-6
 
 
-def test_a_mixer_without_a_formula_is_refused():
-    class Mine(cvxlib.MLP):
-        pass
+class MLP(cvxlib.MLP):
+    """Of the built-in one's name, with another formula."""
 
-    with pytest.raises(
-        ValueError, match=r"program: expected one of SelfAttention, .* as cvxlib defines them; got .*Mine"
-    ):
-        reference.solve(program(Mine(2, 2)))
+    def hidden(self, tokens, u):
+        return super().hidden(tokens, u) / 2
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        lambda: program(MLP(2, 2)),
+        lambda: program(Scaled(2, 2)),
+        lambda: program(cvxlib.MLP(2, 2), "linear", Frozen(9.0)),
+        lambda: program(cvxlib.MLP(2, 2), Threshold(0.0)),
+        lambda: program(cvxlib.MLP(2, 2), cvxlib.ReLU(), samples=2),
+    ],
+)
+def test_a_part_without_a_formula_is_refused_whatever_its_name(case):
+    with pytest.raises(ValueError, match=r"program: expected one of .*, as cvxlib defines them; got "):
+        reference.solve(case())

@@ -4,10 +4,12 @@ import json
 import pickle
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from family import LOSSES, MIXERS, POOLS, activation_of, build, name, normal, program
+from parts import Frozen, Ordinary, Picking, Scaled, Threshold
 
 import cvxlib
 from cvxlib.ground.tensor_files import CHECKSUM, KEY, _checksum
@@ -147,6 +149,147 @@ def test_a_mixer_of_ones_own_must_be_named_at_the_door(path):
         cvxlib.load(path)
     assert cvxlib.load(path, mixers=[Mine]).mixer == head.mixer
     assert cvxlib.load(path, parts=[Mine]).mixer == head.mixer
+
+
+@dataclass(frozen=True)
+class MLP(cvxlib.MLP):
+    """Of the built-in one's name, but half as large."""
+
+    def hidden(self, tokens, u):
+        return super().hidden(tokens, u) / 2
+
+
+@pytest.mark.parametrize(
+    "mixer", [MLP(2, 2), Scaled(2, 2, torch.tensor([1.0, 3.0])), Picking(2, 2, (1,), 0.5)], ids=repr
+)
+def test_a_mixer_of_ones_own_never_comes_back_as_another(path, mixer):
+    solution = cvxlib.solve(program(mixer, "gated"), tol=1e-4)
+    for value in (solution, solution.head()):
+        cvxlib.save(path, value)
+        with pytest.raises(ValueError, match=rf"given in load\(path, parts=\[...\]\); got .*{type(mixer).__name__}$"):
+            cvxlib.load(path)
+        with pytest.raises(ValueError, match="got .*" + type(mixer).__name__):
+            cvxlib.load(path, parts=[cvxlib.MLP, Mine])
+        back = cvxlib.load(path, parts=[type(mixer)])
+        head = back if isinstance(back, cvxlib.Head) else back.head()
+        assert type(head.mixer) is type(mixer) and head.mixer == mixer and hash(head.mixer) == hash(mixer)
+        tokens = normal(3, 4, 2)
+        assert torch.equal(head(tokens), solution.head()(tokens))
+
+
+@pytest.mark.parametrize("loss", [Frozen(9.0), Ordinary(9.0)], ids=repr)
+def test_a_loss_and_an_activation_of_ones_own_come_back(path, loss):
+    solution = cvxlib.solve(program(build(cvxlib.MLP), Threshold(-0.5), loss), tol=1e-4)
+    cvxlib.save(path, solution)
+    with pytest.raises(ValueError, match=r"an activation of this package, or one given in .*Threshold"):
+        cvxlib.load(path, parts=[type(loss)])
+    with pytest.raises(ValueError, match=f"a loss of this package, or one given in .*{type(loss).__name__}"):
+        cvxlib.load(path, parts=[Threshold])
+    back = cvxlib.load(path, parts=[type(loss), Threshold])
+    assert back.program.loss == loss and back.program.activation == Threshold(-0.5)
+    assert back.certificate.relative_gap <= 1.001e-4
+
+
+class Late(cvxlib.MLP):
+    """Something in it is not given to its constructor."""
+
+    def __init__(self, features, outputs):
+        super().__init__(features, outputs)
+        object.__setattr__(self, "late", torch.rand(3))
+
+
+@dataclass(frozen=True)
+class Holding(cvxlib.MLP):
+    """Something in it is no number, string or tensor."""
+
+    what: object = None
+
+
+@pytest.mark.parametrize(
+    "mixer, word",
+    [
+        (Late(2, 2), "not make anew from its fields"),
+        (Holding(2, 2, print), "one whose mixer.what is builtin"),
+        (Holding(2, 2, {1, 2}), "one whose mixer.what is set"),
+        (Holding(2, 2, ({1: 2},)), "one whose mixer.what.0 is dict"),
+    ],
+    ids=range(4),
+)
+def test_what_a_file_cannot_hold_is_not_written(path, mixer, word):
+    with pytest.raises(ValueError, match=f"value: expected a mixer of numbers, strings and tensors; got .*{word}"):
+        cvxlib.save(path, random_head(mixer, "linear"))
+    assert not path.exists()
+
+
+FIELDS = {
+    "numbers": (1, -2.5, True, None, "text"),
+    "infinite": (float("inf"), float("-inf"), float("nan")),
+    "nested": ((1, [2, (3,)]), {"a": (4,), "b": {}}),
+    "tensors": (torch.ones(2, 2), [torch.arange(3)], torch.ones((), dtype=torch.bfloat16)),
+    "arrays": np.ones((2, 3), dtype=np.float32),
+    "types": (torch.float32, torch.int64),
+    "parts": cvxlib.GatedReLU(torch.ones(1, 2)),
+}
+
+
+@pytest.mark.parametrize("what", FIELDS)
+def test_every_field_that_is_written_comes_back(path, what):
+    head = random_head(Holding(2, 2, FIELDS[what]), "linear")
+    cvxlib.save(path, head)
+    back = cvxlib.load(path, parts=[Holding]).mixer
+    assert back == head.mixer and type(back.what) is type(FIELDS[what])
+
+
+@pytest.mark.parametrize("kind", [int, dict, "MLP", cvxlib.Head])
+def test_parts_are_classes_of_parts(path, saved, kind):
+    with pytest.raises(ValueError, match="parts: expected classes of mixers, activations and losses"):
+        cvxlib.load(path, parts=[kind])
+    with pytest.raises(ValueError, match="mixers: expected classes of mixers"):
+        cvxlib.load(path, mixers=[cvxlib.Linear])
+
+
+# files of the first form
+
+
+@pytest.mark.parametrize("kind", ["linear", "gated", "relu"])
+@pytest.mark.parametrize("loss", LOSSES, ids=name)
+def test_a_file_of_the_first_form(path, loss, kind):
+    activation = cvxlib.ReLU(limit=500) if kind == "relu" else kind
+    solution = cvxlib.solve(program(build(cvxlib.MLP), activation, loss, samples=3, fraction=0.3), tol=1e-3)
+    for value in (solution, solution.head()):
+        cvxlib.save(path, value)
+        in_format_1(path)
+        back = cvxlib.load(path)
+        head = back if isinstance(back, cvxlib.Head) else back.head()
+        assert (head.mixer, head.activation) == (solution.program.mixer, solution.program.activation)
+        assert torch.equal(head(solution.program.tokens), solution.head()(solution.program.tokens))
+    cvxlib.save(path, solution)
+    in_format_1(path)
+    assert cvxlib.load(path).certificate.dual == pytest.approx(solution.certificate.dual, rel=1e-12)
+
+
+def test_a_file_of_the_first_form_names_only_what_is_built_in(path):
+    cvxlib.save(path, random_head(Mine(features=2, outputs=2, scale=3)))
+    in_format_1(path)
+    with pytest.raises(ValueError, match=r"a mixer of this package.* got cvxlib\.Mine"):
+        cvxlib.load(path, parts=[Mine])
+
+
+def test_a_file_of_the_first_form_cannot_lie_about_its_bounds(path):
+    cvxlib.save(path, cvxlib.solve(program(build(cvxlib.MLP)), tol=1e-3))
+    rewritten(path, lambda header, tensors: header | {"dual": header["primal"]})
+    in_format_1(path)
+    with pytest.raises(ValueError, match="its network and its dual point give"):
+        cvxlib.load(path)
+
+
+def test_no_file_of_another_form_goes_without_a_checksum(path, saved):
+    in_format_1(path)
+    text = path.read_bytes().replace(b'\\"format\\": 1', b'\\"format\\": 2')
+    assert text != path.read_bytes()
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match="its checksum does not agree"):
+        cvxlib.load(path)
 
 
 def test_the_version_and_configuration_are_legible(path, saved):

@@ -1,6 +1,7 @@
 """The battery itself: every deliberately wrong mixer is refused, with the sentence that says what is wrong with it."""
 
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ import torch
 
 import cvxlib
 from cvxlib.operators.lifted import LiftedOperator
-from cvxlib.testing import MixerError, check_mixer
-from cvxlib.testing import mixers as testing
+from cvxlib.testing.mixers import MixerError, check_mixer
+from cvxlib.testing.mixers import mixers as testing
 
 N, S, D, C = 5, 4, 2, 2
 TOKENS = torch.randn(N, S, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -144,6 +145,48 @@ class NotEqualToItsCopy(Sound):
     __hash__ = object.__hash__
 
 
+class Remembering(Sound):
+    def hidden(self, tokens, u):
+        object.__setattr__(self, "calls", getattr(self, "calls", 0) + 1)
+        return super().hidden(tokens, u)
+
+
+class Forgetting(Sound):
+    def __init__(self, features, outputs, scale=2.0):
+        super().__init__(features, outputs)
+        object.__setattr__(self, "scale", scale)
+
+    def __deepcopy__(self, memo):
+        return type(self)(self.features, self.outputs, self.scale)
+
+    def __reduce__(self):
+        return type(self), (self.features, self.outputs, 1.0)
+
+
+class KeepingAFunction(Sound):
+    @functools.cached_property
+    def map(self):
+        return lambda tokens, u: (tokens @ u.mT).mT.unsqueeze(3)
+
+    def hidden(self, tokens, u):
+        return self.map(tokens, u)
+
+    def __deepcopy__(self, memo):
+        return type(self)(self.features, self.outputs)
+
+
+class DrawingItsOwn(Sound):
+    @functools.cached_property
+    def scale(self):
+        return float(torch.rand(()))
+
+    def hidden(self, tokens, u):
+        return super().hidden(tokens, u) * self.scale
+
+    def __deepcopy__(self, memo):
+        return type(self)(self.features, self.outputs)
+
+
 class Refusing(Sound):
     def check(self, tokens):
         raise ValueError("not these tokens")
@@ -193,7 +236,11 @@ WRONG = {
     TwoBlocks: "split(tokens) must give blocks = 2 token sets, but gives 1",
     HalfTheSamples: "split(tokens) must give token sets (n, s, d) with all n = 5 samples",
     ReturnsArray: "hidden must be (n, m, a, h) with n = 5, m = 3 for tokens (5, 4, 2) and u (3, 2), but is a ndarray",
-    NotEqualToItsCopy: "a copy of it must equal it",
+    NotEqualToItsCopy: "a deep copy of it must equal it and hash like it",
+    Remembering: "its fields must stay as they are when it is used",
+    Forgetting: "a pickle of it must equal it and hash like it",
+    KeepingAFunction: "a pickle of it must not fail, but raised",
+    DrawingItsOwn: "a deep copy of it must do what it does, but gives other hidden or values",
     Refusing: "check(tokens) must not fail, but raised ValueError: not these tokens",
 }
 
@@ -289,6 +336,16 @@ def test_a_wrong_solution_is_noticed(monkeypatch, change, sentence):
     monkeypatch.setattr(testing, "solve", _solve_with(change))
     with pytest.raises(MixerError, match=sentence):
         testing.check_solution(Sound(D, C), TOKENS)
+
+
+@pytest.mark.parametrize("way", testing.COPIES)
+def test_a_program_whose_copy_differs_is_noticed(monkeypatch, way):
+    def other(program):
+        return program.with_beta(1.01 * program.beta)
+
+    monkeypatch.setitem(testing.COPIES, way, other)
+    with pytest.raises(MixerError, match=f"{way} of a program must have the solution of the program"):
+        testing.check_copied_programs(Sound(D, C), TOKENS)
 
 
 def test_too_many_heads_are_noticed(monkeypatch):

@@ -33,6 +33,13 @@ class Damaged(ValueError):
         self.reason = reason
 
 
+def is_there(path: str | os.PathLike) -> bool:
+    """Whether there is a file; ``ValueError`` if there is something else, which to read might take for ever."""
+    path = Path(path)
+    require(not path.exists() or path.is_file(), str(path), "a file, or a name that is free", "what is no regular file")
+    return path.exists()
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary file beside ``path``, to be written to; it takes the place of ``path`` if the block ends without an error.
@@ -44,8 +51,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         OSError: the file cannot be written.
     """
     target = Path(os.path.realpath(path))
-    there = target.exists()
-    require(not there or target.is_file(), str(path), "a file, or a name that is free", "what is no regular file")
+    there = is_there(target)
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.part")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:

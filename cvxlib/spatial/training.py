@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from cvxlib.ground.checks import positive_float, positive_int, require, wrong_value
-from cvxlib.ground.tensor_files import replacing
+from cvxlib.ground.tensor_files import is_there, replacing
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -138,7 +138,7 @@ def train_classifier(
     settings = {"epochs": epochs, "batch": batch, "lr": lr, "weight_decay": weight_decay, "warmup": warmup}
     settings |= {"label_smoothing": label_smoothing, "seed": seed, "images": len(images)}
     history: list[dict[str, float]] = []
-    if checkpoint is not None and Path(checkpoint).exists():
+    if checkpoint is not None and is_there(checkpoint):
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         if state["settings"] != settings:
             raise wrong_value("checkpoint", f"one written with {settings}", f"one written with {state['settings']}")
@@ -174,8 +174,10 @@ def train_classifier(
         bar.set_postfix_str(f"test error {error:.1%}")
         if checkpoint is not None:
             state = {"settings": settings, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
-            with replacing(checkpoint) as temporary, temporary.open("wb") as stream:
-                torch.save({**state, "schedule": schedule.state_dict(), "history": history}, stream)
+            buffer = io.BytesIO()  # torch's own writer makes a full disk an error of its format
+            torch.save({**state, "schedule": schedule.state_dict(), "history": history}, buffer)
+            with replacing(checkpoint) as temporary:
+                temporary.write_bytes(buffer.getbuffer())
         if max_seconds is not None and seconds - earlier > max_seconds:
             break
     return history
