@@ -1,5 +1,8 @@
 """Convex duals of attention heads: global optima, and certificates for any trained head."""
 
+from importlib import import_module
+from importlib.metadata import version
+
 from cvxlib.activations import Activation, GatedReLU, Linear, ReLU
 from cvxlib.certify import certify
 from cvxlib.conversion import gated_to_relu
@@ -26,7 +29,7 @@ from cvxlib.solution import Certificate, Factors, Solution, Status
 from cvxlib.solvers import solve
 from cvxlib.storage import load, save
 
-__version__ = "0.1.0"
+__version__ = version("cvxlib")
 
 __all__ = [
     "FNO",
@@ -60,20 +63,22 @@ __all__ = [
     "path",
     "save",
     "screen",
+    "show_versions",
     "solve",
 ]
 
-#: loaded on first use, since they need scikit-learn; left out of ``__all__`` so that a star import does not
-_ESTIMATORS = ("ConvexHeadClassifier", "ConvexHeadRegressor")
+#: loaded on first use, by the module that has it: a module that is run as a program must not be imported before
+_LATER = {"show_versions": "versions"}
+#: the same, since they need scikit-learn; left out of ``__all__`` so that a star import does not
+_ESTIMATORS = {"ConvexHeadClassifier": "estimators", "ConvexHeadRegressor": "estimators"}
 
 
-def __getattr__(name: str) -> type:
-    if name in _ESTIMATORS:
-        from cvxlib import estimators
-
-        return getattr(estimators, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    place = (_LATER | _ESTIMATORS).get(name)
+    if place is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{place}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ESTIMATORS})
+    return sorted({*globals(), *_LATER, *_ESTIMATORS})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cvxlib._checks import wrong_value
+from cvxlib._checks import needs_extra, wrong_value
 from cvxlib.programs import ConvexProgram
 
 
@@ -25,11 +25,12 @@ def solve(program: ConvexProgram, **options) -> float:
         The optimal value.
 
     Raises:
-        ImportError: CVXPY is not installed (``pip install "cvxlib[reference]"``).
+        ModuleNotFoundError: CVXPY is not installed (``pip install "cvxlib[reference]"``).
         ValueError: a mixer whose formula is not written down here.
         RuntimeError: the solver did not reach an optimal point.
     """
-    import cvxpy as cp
+    with needs_extra("reference values", "reference"):
+        import cvxpy as cp
 
     tokens = program.tokens.double().cpu().numpy()
     targets = program.targets.cpu().numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cvxlib._checks import needs_extra
 from cvxlib.activations import ReLU
 from cvxlib.baselines import LinearHead
 from cvxlib.certify import predict
@@ -24,7 +25,8 @@ def logits_of(network: nn.Module, tokens: Tensor) -> Tensor:
 
 def top_k_accuracy(logits: Tensor, labels: Tensor, classes: int, k: int) -> float:
     """Share of samples whose class is among the k largest logits (n, c); k is at most the number of classes."""
-    from torchmetrics.functional.classification import multiclass_accuracy
+    with needs_extra("accuracies", "vision"):
+        from torchmetrics.functional.classification import multiclass_accuracy
 
     accuracy = multiclass_accuracy(logits.nan_to_num(), labels, classes, average="micro", top_k=min(k, classes))
     return round(float(accuracy), 6)  # it comes in single precision
