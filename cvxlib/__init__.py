@@ -63,25 +63,26 @@ __all__ = [
     "path",
     "save",
     "screen",
+    "show_versions",
     "solve",
 ]
 
-#: loaded on first use, since they need scikit-learn; left out of ``__all__`` so that a star import does not
-_ESTIMATORS = ("ConvexHeadClassifier", "ConvexHeadRegressor")
+#: loaded on first use, by the module that has it: a module that is run as a program must not be imported before
+_LATER = {"show_versions": "versions"}
+#: the same, since they need scikit-learn; left out of ``__all__`` so that a star import does not
+_ESTIMATORS = dict.fromkeys(("ConvexHeadClassifier", "ConvexHeadRegressor"), "workflow.estimators")
 
 
 _moved.install()
 
 
 def __getattr__(name: str) -> object:
-    if name in _ESTIMATORS:
-        from cvxlib.workflow import estimators
-
-        return getattr(estimators, name)
+    if place := (_LATER | _ESTIMATORS).get(name):
+        return getattr(importlib.import_module(f"{__name__}.{place}"), name)
     if f"{__name__}.{name}" in _moved.MOVED:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ESTIMATORS})
+    return sorted({*globals(), *_LATER, *_ESTIMATORS})

@@ -152,7 +152,7 @@ def test_a_header_that_is_none_is_refused_by_the_files_name(tmp_path, text):
 def test_a_header_of_any_length_is_not_parsed(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_tensors(path, {}, {"a": "long" * 100})
-    monkeypatch.setattr("cvxlib._files.LONGEST_HEADER", 100)
+    monkeypatch.setattr("cvxlib.ground.tensor_files.LONGEST_HEADER", 100)
     with pytest.raises(Damaged, match="damaged header"):
         read_tensors(path)
 

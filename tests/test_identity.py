@@ -15,7 +15,7 @@ import cvxlib
 from cvxlib.ground.identity import Part, fields, fingerprint, qualified
 from cvxlib.operators.projections import GraphProjection
 from cvxlib.solvers.cost import gram_side
-from cvxlib.testing.mixers import check_mixer
+from cvxlib.testing import check_mixer
 
 
 def weighed(loss, seed=0):

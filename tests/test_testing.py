@@ -11,8 +11,8 @@ import torch
 
 import cvxlib
 from cvxlib.operators.lifted import LiftedOperator
-from cvxlib.testing.mixers import MixerError, check_mixer
-from cvxlib.testing.mixers import mixers as testing
+from cvxlib.testing import MixerError, check_mixer
+from cvxlib.testing import mixers as testing
 
 N, S, D, C = 5, 4, 2, 2
 TOKENS = torch.randn(N, S, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cvxlib.ground.checks import require
+from cvxlib.ground.checks import needs_extra, require
 from cvxlib.ground.identity import qualified
 from cvxlib.ground.one_process import require_alone
 from cvxlib.model.activations import GatedReLU, Linear
@@ -40,12 +40,13 @@ def solve(program: ConvexProgram, **options) -> float:
         The optimal value.
 
     Raises:
-        ImportError: CVXPY is not installed (``pip install "cvxlib[reference]"``).
+        ModuleNotFoundError: CVXPY is not installed (``pip install "cvxlib[reference]"``).
         ValueError: a mixer, an activation or a loss whose formula is not written down here (one of your own among them, whatever it is
             called and whatever it inherits from), or samples that other processes hold.
         RuntimeError: the solver did not reach an optimal point.
     """
-    import cvxpy as cp
+    with needs_extra("reference values", "reference"):
+        import cvxpy as cp
 
     require_alone("program", program.reduce)
     for part, kinds in ((program.mixer, _LEFT), (program.activation, (Linear, GatedReLU)), (program.loss, _LOSSES)):

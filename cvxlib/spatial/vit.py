@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cvxlib.ground.checks import positive_float, positive_int, require
+from cvxlib.ground.checks import needs_extra, positive_float, positive_int, require
 
 ATTENTIONS = ("positional", "vanilla")
 
@@ -158,10 +158,6 @@ class VisionTransformer(nn.Module):
 
 def timm_layers():
     """timm's layers, or one clear sentence."""
-    try:
+    with needs_extra("vision transformers", "vision"):
         import timm.layers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the vision transformer is built from timm's parts: pip install 'cvxlib[vision]'"
-        ) from error
     return timm.layers

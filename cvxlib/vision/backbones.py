@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from cvxlib.ground.checks import describe, float_tensor, positive_float, positive_int, require, wrong_value
+from cvxlib.ground.checks import describe, float_tensor, needs_extra, positive_float, positive_int, require, wrong_value
 from cvxlib.vision.weights import OFFLINE_MODEL, configuration, pretrained_weights, read_weights, unreachable
 
 
@@ -136,7 +136,8 @@ def backbone(
 
     Source: the models are those of Wightman, *PyTorch Image Models*, https://github.com/huggingface/pytorch-image-models.
     """
-    import timm
+    with needs_extra("backbones", "vision"):
+        import timm
 
     config = configuration(name)
     options = {}

@@ -16,7 +16,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cvxlib.ground.checks import instance, require, wrong_value
+from cvxlib.ground.checks import instance, needs_extra, require, wrong_value
 from cvxlib.vision.archives import checksum, extract, obtain
 
 if TYPE_CHECKING:
@@ -143,9 +143,9 @@ class PixelImages(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image, int]:
-        from PIL import Image
-
-        return Image.fromarray(np.ascontiguousarray(self.pixels[index].transpose(1, 2, 0))), int(self.labels[index])
+        return _vision_extra("PIL.Image").fromarray(np.ascontiguousarray(self.pixels[index].transpose(1, 2, 0))), int(
+            self.labels[index]
+        )
 
 
 def read_cifar(archive: CifarArchive, path: Path) -> ImageSplit:
@@ -234,10 +234,9 @@ def read_image(path: str | Path) -> Image:
     Raises:
         ValueError: the file cannot be read as an image.
     """
-    from PIL import Image
-
+    pillow = _vision_extra("PIL.Image")
     try:
-        with Image.open(path) as image:
+        with pillow.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # a broken file makes Pillow raise almost anything
         raise wrong_value(str(path), "a readable image", f"{type(error).__name__}: {error}") from error
@@ -254,7 +253,5 @@ def _fingerprint(root: Path, *parts: ImageFolder) -> str:
 
 def _vision_extra(name: str) -> ModuleType:
     """A module of the ``vision`` extra, or one clear sentence."""
-    try:
+    with needs_extra("images", "vision"):
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"images need {error.name}: pip install 'cvxlib[vision]'") from error

@@ -1,9 +1,12 @@
-r"""The embedded data: scikit-learn's handwritten digits as tokens."""
+r"""The data that ship with the package: handwritten digits as tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -30,6 +33,24 @@ class TokenSplit:
     classes: int
 
 
+@cache
+def _stored() -> tuple[np.ndarray, np.ndarray]:
+    """The file that ships with the package: pixels (n, 8, 8) from 0 to 16 and classes (n,), as bytes."""
+    with (files("cvxlib.vision") / "digits.npz").open("rb") as stream, np.load(stream) as data:
+        return data["images"], data["labels"]
+
+
+def digit_images() -> tuple[np.ndarray, np.ndarray]:
+    """The 1,797 images (n, 8, 8), float64 from 0 to 16, and their classes (n,), int64: what scikit-learn's ``load_digits`` gives.
+
+    Source: the test part of Alpaydin and Kaynak 1998, *Optical Recognition of Handwritten Digits*, UCI Machine Learning Repository,
+        https://doi.org/10.24432/C50P49, licensed under CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/); unchanged but for the
+        file's format, order and values as packaged by scikit-learn.
+    """
+    images, labels = _stored()
+    return images.astype(np.float64), labels.astype(np.int64)
+
+
 def digits(
     patch: int = 2,
     positions: int = 1,
@@ -51,21 +72,19 @@ def digits(
     Returns:
         The split; pixels lie in [0, 1].
 
-    Source: the test part of Alpaydin and Kaynak 1998, as packaged by scikit-learn (``sklearn.datasets.load_digits``).
+    Source: the test part of Alpaydin and Kaynak 1998, as of :func:`digit_images`.
     """
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    n = len(data.target)
+    pixels, classes = digit_images()
+    n = len(classes)
     train = positive_int("train", train)
     require(train < n, "train", f"fewer than {n} images", f"{train}")
-    images = torch.from_numpy(data.images / 16.0).unsqueeze(1)
+    images = torch.from_numpy(pixels / 16.0).unsqueeze(1)
     tokens = patch_tokens(images, patch)
     if positions:
         tokens = torch.cat([tokens, position_features(8 // patch, positions).expand(n, -1, -1)], 2)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     tokens = tokens[order].to(device=device, dtype=dtype)
-    labels = torch.from_numpy(data.target)[order].to(device)
+    labels = torch.from_numpy(classes)[order].to(device)
     return TokenSplit(tokens[:train], labels[:train], tokens[train:], labels[train:], 10)
 
 

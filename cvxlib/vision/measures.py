@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cvxlib.audit.certificates import predict
+from cvxlib.ground.checks import needs_extra
 from cvxlib.model.activations import ReLU
 from cvxlib.model.baselines import LinearHead
 from cvxlib.model.heads import Head
@@ -24,7 +25,8 @@ def logits_of(network: nn.Module, tokens: Tensor) -> Tensor:
 
 def top_k_accuracy(logits: Tensor, labels: Tensor, classes: int, k: int) -> float:
     """Share of samples whose class is among the k largest logits (n, c); k is at most the number of classes."""
-    from torchmetrics.functional.classification import multiclass_accuracy
+    with needs_extra("accuracies", "vision"):
+        from torchmetrics.functional.classification import multiclass_accuracy
 
     accuracy = multiclass_accuracy(logits.nan_to_num(), labels, classes, average="micro", top_k=min(k, classes))
     return round(float(accuracy), 6)  # it comes in single precision

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cvxlib.ground.checks import FLOATS, instance, positive_int, require
+from cvxlib.ground.checks import FLOATS, instance, needs_extra, positive_int, require
 from cvxlib.vision.digits import TokenSplit, position_features
 from cvxlib.vision.features import Features
 
@@ -162,7 +162,8 @@ def _chunks(tokens: np.ndarray, dtype: torch.dtype, what: str, progress: bool) -
 
 def _principal_components(tokens: np.ndarray, dimensions: int, sample: int, seed: int) -> tuple[Tensor, Tensor]:
     """The components as columns (d, k), and the share of the variance along each (k,)."""
-    from sklearn.decomposition import PCA
+    with needs_extra("principal components", "vision"):
+        from sklearn.decomposition import PCA
 
     n, s, d = tokens.shape
     count = min(positive_int("sample", sample), n * s)
@@ -174,7 +175,8 @@ def _principal_components(tokens: np.ndarray, dimensions: int, sample: int, seed
 
 def _moments(tokens: np.ndarray, matrix: Tensor | None, progress: bool) -> tuple[Tensor, Tensor]:
     """Mean and variance of each reduced feature over all tokens, (k,) each; constant features have variance zero."""
-    from sklearn.preprocessing import StandardScaler
+    with needs_extra("standardised features", "vision"):
+        from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler()
     for _, chunk in _chunks(tokens, torch.float64, "statistics", progress):

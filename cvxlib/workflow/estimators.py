@@ -10,17 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-try:
-    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.utils import check_random_state
-    from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import check_array, check_is_fitted, check_X_y, column_or_1d, validate_data
-except ImportError as error:
-    raise ImportError('the estimators need scikit-learn: pip install "cvxlib[estimators]"') from error
-
 from cvxlib.audit.certificates import predict
-from cvxlib.ground.checks import describe, positive_float, require, wrong_type, wrong_value
+from cvxlib.ground.checks import describe, needs_extra, positive_float, require, wrong_type, wrong_value
 from cvxlib.model import mixers
 from cvxlib.model.activations import Activation, GatedReLU, Linear, ReLU
 from cvxlib.model.losses import CrossEntropy, Loss, SquaredLoss
@@ -28,6 +19,13 @@ from cvxlib.model.mixers import Mixer
 from cvxlib.program.certificate import Status
 from cvxlib.program.program import ConvexProgram
 from cvxlib.solvers import solve
+
+with needs_extra("the estimators", "estimators"):
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.utils import check_random_state
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_array, check_is_fitted, check_X_y, column_or_1d, validate_data
 
 DTYPES = (np.float64, np.float32)
 #: what the data tell of a mixer's sizes

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, ScalarFormatter
 from torch import Tensor
 
-from cvxlib.ground.checks import require
+from cvxlib.ground.checks import needs_extra, require
 from cvxlib.model.heads import Head
 from cvxlib.program.solution import Solution
 from cvxlib.solvers.training import Training
 from cvxlib.workflow.regularisation import Path
+
+with needs_extra("the figures", "figures"):
+    import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
 #: one colour per role, told apart also without colour vision (Okabe and Ito 2008)
 COLOURS = {"optimum": "#0072B2", "bound": "#56B4E9", "training": "#D55E00", "gated": "#009E73", "neutral": "#666666"}

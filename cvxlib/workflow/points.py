@@ -10,7 +10,7 @@ from cvxlib.ground.identity import fingerprint
 from cvxlib.ground.tensor_files import read_tensors, write_tensors
 from cvxlib.program.program import ConvexProgram
 from cvxlib.program.solution import Solution
-from cvxlib.workflow.storage import result_as_tensors, result_from_tensors
+from cvxlib.workflow.storage import certificate_from_tensors, result_as_tensors, result_from_tensors
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,10 @@ class Points:
         same = header.get("fingerprint") == self.fingerprint
         require(same, "checkpoint", ours, f"those of another call in {self.folder}")
         try:
-            solution = result_from_tensors(self.program.with_beta(beta), header, tensors)
+            solution = result_from_tensors(
+                self.program.with_beta(beta), header, tensors, certificate_from_tensors(header, tensors)
+            )
             return Point(solution, int(header["screened"]), int(header["solved"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             came = f"{file}, which does not fit together ({type(error).__name__}: {error})"
             raise wrong_value("checkpoint", ours, came) from None

@@ -30,7 +30,7 @@ from cvxlib.model.activations import Activation, ReLU
 from cvxlib.model.heads import Head
 from cvxlib.model.losses import Loss
 from cvxlib.model.mixers import Mixer
-from cvxlib.program.certificate import Certificate, Factors, Status
+from cvxlib.program.certificate import Assurance, Certificate, Factors, Status
 from cvxlib.program.program import ConvexProgram
 from cvxlib.program.solution import Solution
 
@@ -100,7 +100,7 @@ def load(
         return build(_from_format_1(header) if header["format"] == 1 else header, tensors, known)
     except Unknown as error:
         raise wrong_value(str(path), *error.args) from None
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         raise wrong_value(
             str(path), _WRITTEN_BY_US, f"one that does not fit together ({type(error).__name__}: {error})"
         ) from None
@@ -147,6 +147,7 @@ def result_as_tensors(solution: Solution) -> tuple[dict, dict[str, Tensor]]:
         # JSON has no infinity: a bound that says nothing is written as null
         "dual": certificate.dual if math.isfinite(certificate.dual) else None,
         "dtype": str(certificate.dtype).removeprefix("torch."),
+        "assurance": certificate.assurance.name,
         "status": solution.status.name,
         "solver": solution.solver,
         "evaluations": solution.evaluations,
@@ -160,18 +161,29 @@ def result_as_tensors(solution: Solution) -> tuple[dict, dict[str, Tensor]]:
 # reading
 
 
-def result_from_tensors(program: ConvexProgram, header: Mapping, tensors: Mapping[str, Tensor]) -> Solution:
-    """The solution of a program that :func:`result_as_tensors` wrote, with the bounds as they were written.
+def certificate_from_tensors(header: Mapping, tensors: Mapping[str, Tensor]) -> Certificate:
+    """The certificate that :func:`result_as_tensors` wrote, as it was written."""
+    (dtype,) = (kind for kind in FLOATS if str(kind) == f"torch.{header['dtype']}")
+    assurance = Assurance[header.get("assurance", Assurance.ROUNDING.name)]
+    return Certificate(float(header["primal"]), _dual(header), tensors.get("dual_point"), dtype, assurance)
+
+
+def _dual(header: Mapping) -> float:
+    return -math.inf if header["dual"] is None else float(header["dual"])
+
+
+def result_from_tensors(
+    program: ConvexProgram, header: Mapping, tensors: Mapping[str, Tensor], certificate: Certificate
+) -> Solution:
+    """The solution of a program that :func:`result_as_tensors` wrote, with its certificate.
 
     Raises:
         KeyError, TypeError, ValueError: the two do not fit together.
     """
-    (dtype,) = (kind for kind in FLOATS if str(kind) == f"torch.{header['dtype']}")
-    dual = -math.inf if header["dual"] is None else float(header["dual"])
     return Solution(
         program=program,
         factors=Factors(tensors["u"], tensors["v"], tensors["block"]),
-        certificate=Certificate(float(header["primal"]), dual, tensors.get("dual_point"), dtype),
+        certificate=certificate,
         status=Status[header["status"]],
         solver=str(header["solver"]),
         evaluations=int(header["evaluations"]),
@@ -219,16 +231,20 @@ def _build_solution(header: dict, tensors: Mapping[str, Tensor], known: Mapping[
     if not isinstance(program.activation, ReLU):
         places = _same_gates(program, tensors["operator.gate"], tensors["operator.block"])
         tensors = {**tensors, "block": places[tensors["block"]]}
-    solution = result_from_tensors(program, header, tensors)
+    factors = Factors(tensors["u"], tensors["v"], tensors["block"])
     # the factors must fit the mixer, and the numbers must be theirs
-    audit, stored = certify(program, solution.head(), solution.certificate.dual_point), solution.certificate
-    slack = ROUNDING * max(abs(audit.primal), abs(stored.primal), abs(stored.dual) if math.isfinite(stored.dual) else 0)
-    if not (audit.primal <= stored.primal + slack and audit.dual >= stored.dual - slack):
-        raise ValueError(f"it says {stored!r}, but its network and its dual point give {audit!r}")
-    primal, dual, point = max(stored.primal, audit.primal), stored.dual, stored.dual_point
-    if audit.dual < dual:
-        dual, point = audit.dual, audit.dual_point
-    return dataclasses.replace(solution, certificate=Certificate(primal, dual, point, stored.dtype))
+    audit, primal, dual = (
+        certify(program, program.head(factors), tensors.get("dual_point")),
+        header["primal"],
+        _dual(header),
+    )
+    slack = ROUNDING * max(abs(audit.primal), abs(primal), abs(dual) if math.isfinite(dual) else 0)
+    if not (audit.primal <= primal + slack and audit.dual >= dual - slack):
+        raise ValueError(f"it says dual={dual!r}, primal={primal!r}, but its network and its dual point give {audit!r}")
+    stored = certificate_from_tensors(header, tensors)
+    if audit.dual < dual or audit.primal > primal:
+        stored = dataclasses.replace(audit, primal=max(primal, audit.primal), dual=min(dual, audit.dual))
+    return result_from_tensors(program, header, tensors, stored)
 
 
 def _same_gates(program: ConvexProgram, gate: Tensor, block: Tensor) -> Tensor:
