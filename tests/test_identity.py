@@ -315,8 +315,8 @@ def test_a_copied_program_solves_by_the_same_steps(mixer, kind, used):
         case = program(mixer, kind, samples=3)
     for again in (copy.deepcopy(case), pickle.loads(pickle.dumps(case))):
         assert gram_side(again) == gram_side(case)
-        assert [gram(block, again.reduce) for block in again.operator.maps] == [
-            gram(block, case.reduce) for block in case.operator.maps
+        assert [gram(block, again.operator.reduce) for block in again.operator.maps] == [
+            gram(block, case.operator.reduce) for block in case.operator.maps
         ]
         other = cvxlib.solve(again, tol=1e-6, solver="splitting")
         assert other.certificate == solution.certificate and other.evaluations == solution.evaluations
