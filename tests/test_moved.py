@@ -47,7 +47,7 @@ def test_every_form_of_import_works():
         import cvxlib.arrangements as arrangements
         from cvxlib.norms import BlockConeNorm
 
-        from cvxlib.operators import DesignMap
+        from cvxlib.operators.maps import DesignMap
         from cvxlib.solvers import reference
 
         assert arrangements.lifted_rows is cvxlib.model.stacked.lifted_rows

@@ -204,14 +204,14 @@ def resumable(processes, folder, victim=None, sign="SIGKILL"):
     from cvxlib.solvers import staircase
 
     file = Path(folder, "state.safetensors")
-    descend = staircase._State.descend
+    descend = staircase.Staircase.descend
 
-    def lose(self, tol):
+    def lose(self, run):
         if victim == processes.rank and file.exists() and not resumed:
             os.kill(os.getpid(), signal.Signals[sign])
-        return descend(self, tol)
+        return descend(self, run)
 
-    staircase._State.descend = lose
+    staircase.Staircase.descend = lose
     resumed, whole = file.exists(), build("linear", "mean", fraction=0.005)
     try:
         solution = cvxlib.solve(share(whole, processes), tol=TOL, solver="staircase", checkpoint=file)

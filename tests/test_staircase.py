@@ -110,7 +110,7 @@ def test_float32_is_certified_in_double_precision():
 
 @pytest.mark.parametrize("solver", ["staircase", "splitting"])
 def test_float32_says_when_rounding_stops_it(solver, monkeypatch):
-    monkeypatch.setattr("cvxlib.solvers._finish.PATIENCE", 200)
+    monkeypatch.setattr("cvxlib.solvers.staircase.Staircase.patience", 10)
     solution = cvxlib.solve(
         attention(30, 4, 3, 2, dtype=torch.float32), tol=1e-10, solver=solver, max_iterations=100_000
     )
@@ -140,15 +140,15 @@ def test_interrupt_keeps_the_best_and_the_checkpoint_resumes_to_the_same_result(
     program, file = attention(gates=2), tmp_path / "solve.safetensors"
     whole = cvxlib.solve(program, tol=1e-5, solver="staircase")
     rounds = iter(range(100))
-    descend = staircase._State.descend
+    descend = staircase.Staircase.descend
 
-    def interrupted(self, tol):
+    def interrupted(self, run):
         if next(rounds) == 2:
             raise KeyboardInterrupt
-        descend(self, tol)
+        return descend(self, run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(staircase._State, "descend", interrupted)
+        patch.setattr(staircase.Staircase, "descend", interrupted)
         first = cvxlib.solve(program, tol=1e-5, solver="staircase", checkpoint=file)
     assert first.status is cvxlib.Status.INTERRUPTED
     assert first.certificate.dual <= whole.objective <= first.objective and first.evaluations < whole.evaluations
@@ -237,7 +237,7 @@ def test_descent_reads_numbers_only_where_it_checks(keep_features):
     k = torch.zeros(3, dtype=torch.long)
 
     def reads(checks):
-        iterations = checks * descent.CHECK_EVERY
+        iterations = checks * descent.READ_EVERY
         with ScalarReads() as mode:
             *_, evaluations = descent.minimise(program, operator, moments, u, v, k, iterations, -1.0, keep_features)
         assert evaluations == iterations + 2

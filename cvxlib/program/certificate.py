@@ -31,6 +31,13 @@ class Status(enum.StrEnum):
     INTERRUPTED = "The solve was interrupted: this is the best certified iterate so far."
 
 
+def relative_gap(primal: float, dual: float) -> float:
+    """The gap of two bounds over the larger of their magnitudes; infinite where there is no lower or no upper bound."""
+    if math.isinf(dual) or math.isinf(primal):
+        return math.inf
+    return (primal - dual) / max(abs(primal), abs(dual), torch.finfo(torch.float64).tiny)
+
+
 class Assurance(enum.StrEnum):
     """What a lower bound rests on, as a sentence."""
 
@@ -88,9 +95,7 @@ class Certificate:
     @property
     def relative_gap(self) -> float:
         """The gap over the larger of the two magnitudes; infinite where there is no lower bound."""
-        if math.isinf(self.dual):
-            return math.inf
-        return self.gap / max(abs(self.primal), abs(self.dual), torch.finfo(self.dtype).tiny)
+        return relative_gap(self.primal, self.dual)
 
 
 @dataclass(frozen=True)

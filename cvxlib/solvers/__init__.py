@@ -1,6 +1,11 @@
-"""Solvers of convex programs, one file each, behind one door.
+r"""Solvers of convex programs, one file each, behind one door.
 
-The AdamW baseline that they are compared with is here too. May import everything from the ground to ``parallel``.
+A method only steps. It is a :class:`cvxlib.solvers.drive.Method` whose generator ``steps`` yields, from a given point on, one
+:class:`cvxlib.solvers.run.Step` after another: a candidate (lifted blocks or factors) with its objective, residuals with their dual norms,
+and the evaluations that this took. It may read where the solve stands (the gap, the aim, the evaluations left), and says in ``state`` what
+its next step depends on if that is more than the best point. All the rest is the driver's and written once: the best candidate and bound,
+the slack for rounding and the audit that has the last word, the tighter aim after an audit that failed, the limit, stalling, history, bar,
+checkpoint, and Ctrl-C from the first preparation to the audit.
 """
 
 from __future__ import annotations
@@ -10,19 +15,23 @@ from pathlib import Path
 
 from cvxlib.ground.checks import instance, positive_float, positive_int, require
 from cvxlib.model.activations import ReLU
+from cvxlib.program.certificate import Factors
 from cvxlib.program.program import ConvexProgram
 from cvxlib.program.solution import Solution
-from cvxlib.solvers import proximal, relu, splitting, staircase
-from cvxlib.solvers._checkpoint import Checkpoint
 from cvxlib.solvers.cost import choose
+from cvxlib.solvers.drive import Method, drive
+from cvxlib.solvers.proximal import Proximal
+from cvxlib.solvers.relu import ColumnGeneration
 from cvxlib.solvers.scaling import Scaling
+from cvxlib.solvers.splitting import Splitting
+from cvxlib.solvers.staircase import Staircase
 
-#: name of a solver, and the function that runs it
-SOLVERS = {
-    "splitting": splitting.solve,
-    "staircase": staircase.solve,
-    "proximal": proximal.solve,
-    "relu": relu.solve,
+#: name of a solver, and the method that it drives
+SOLVERS: dict[str, type[Method]] = {
+    "splitting": Splitting,
+    "staircase": Staircase,
+    "proximal": Proximal,
+    "relu": ColumnGeneration,
 }
 
 
@@ -90,11 +99,22 @@ def solve(
     program, start = scaling.scaled(), scaling.there(start)
     if solver is None:
         solver, reason = ("relu", None) if cones else choose(program)
-    options = {"tol": tol, "max_iterations": max_iterations, "start": start}
-    options["progress"] = progress if program.reduce.rank == 0 else False
-    if checkpoint is not None:
-        require(not cones, "checkpoint", "None for ReLU", str(checkpoint))
-        options["checkpoint"] = Checkpoint(checkpoint, program, solver)
+    require(checkpoint is None or not cones, "checkpoint", "None for ReLU", str(checkpoint))
+    exact = program.double() if cones else program  # cones are searched through in double precision only
     with program.reduce.held():
-        solution = scaling.back(SOLVERS[solver](program, **options))
+        solution = drive(
+            SOLVERS[solver],
+            exact,
+            tol=tol,
+            max_iterations=max_iterations,
+            start=start,
+            checkpoint=checkpoint,
+            solver=solver,
+            progress=progress if program.reduce.rank == 0 else False,
+        )
+    if exact is not program:
+        found = solution.factors
+        factors = Factors(found.u.to(program.tokens), found.v.to(program.tokens), found.block)
+        solution = replace(solution, program=program, factors=factors)
+    solution = scaling.back(solution)
     return replace(solution, solver=f"{solution.solver} ({reason})") if reason else solution

@@ -11,7 +11,9 @@ from torch import Tensor
 from cvxlib.ground.checks import require, wrong_value
 from cvxlib.ground.identity import fingerprint
 from cvxlib.ground.tensor_files import read_tensors, write_tensors
+from cvxlib.program.certificate import Factors
 from cvxlib.program.program import ConvexProgram
+from cvxlib.solvers.run import Run
 
 #: seconds between two writes of a solver whose iterations are short
 INTERVAL = 30.0
@@ -62,21 +64,32 @@ class Checkpoint:
         write_tensors(self.path, tensors, {"fingerprint": self.fingerprint, **numbers})
         self._last = time.monotonic()
 
-    def read_lifted(self) -> tuple[Tensor, float, Tensor, int, list] | None:
-        """What :meth:`write_lifted` wrote: the best lifted blocks, dual value and point, evaluations and history."""
+    def read_run(self, run: Run) -> None:
+        """Put a run back to where :meth:`write_run` was called, if the file exists."""
         saved = self.read()
         if saved is None:
-            return None
+            return
         tensors, numbers = saved
-        history = [tuple(row) for row in numbers["history"]]
-        point = self.program.reduce.own(tensors["point"])
-        return tensors["z"], numbers["dual"], point, numbers["evaluations"], history
+        if "z" in tensors:
+            run.point = tensors["z"]
+        else:
+            run.point = Factors(*(tensors[f"best.{name}"] for name in "uvk"))
+        run.dual_point = self.program.reduce.own(tensors["point"])
+        run.history = [tuple(row) for row in numbers["history"]]
+        _, run.primal, run.dual = run.history[-1]
+        run.saved = saved
 
-    def write_lifted(self, z: Tensor, dual: float, point: Tensor, evaluations: int, history: list) -> None:
-        """Replace the file by the state of a solver that iterates on lifted blocks (K, p, q)."""
-        tensors = {"z": z, "point": self.program.reduce.gather(point)}
+    def write_run(self, run: Run, state: tuple[dict[str, Tensor], dict]) -> None:
+        """Replace the file by a run, and by what the method's next step depends on; every process must call it."""
+        tensors, numbers = state
+        if isinstance(run.point, Factors):
+            best = {"best.u": run.point.u, "best.v": run.point.v, "best.k": run.point.block}
+        else:
+            best = {"z": run.point}
+        tensors = tensors | best | {"point": self.program.reduce.gather(run.dual_point)}
         if self.program.reduce.rank == 0:
-            self.write(tensors, dual=dual, evaluations=evaluations, history=history)
+            self.write(tensors, **numbers, dual=run.dual, evaluations=run.evaluations, history=run.history)
+        self._last = time.monotonic()
 
     @property
     def due(self) -> bool:

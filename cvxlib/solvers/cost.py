@@ -12,11 +12,11 @@ from cvxlib.program.program import LARGEST_DESIGN, ConvexProgram
 #: largest Gram matrix that operator splitting is given to factor
 LARGEST_GRAM = 8192
 #: iterations of splitting, and rounds, descent steps and core steps of the staircase, that a certified gap of 1e-3 usually takes
-ITERATIONS, ROUNDS, STEPS, CORE_STEPS = 200, 5, 150, 100
+EXPECTED_ITERATIONS, EXPECTED_ROUNDS, EXPECTED_STEPS, EXPECTED_CORE_STEPS = 200, 5, 150, 100
 #: heads of a solution, and in a core for every block
-HEADS, DIRECTIONS = 24, 4
+EXPECTED_HEADS, EXPECTED_DIRECTIONS = 24, 4
 #: operator splitting is the more predictable of the two: it may take so many times the operations
-PATIENCE = 3.75
+COST_RATIO = 3.75
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,23 @@ def splitting(program: ConvexProgram) -> Cost:
     # gates that only mask rows do so in the Gram matrix of these too
     seen = p * w + k // program.mixer.blocks if operator.masked and side == rows else columns
     once = program.mixer.blocks * (2.0 * rows * seen * side + side**3 / 3)
-    return Cost(ITERATIONS * iteration + once, operator.bytes + 2 * program.mixer.blocks * side**2 * size)
+    return Cost(EXPECTED_ITERATIONS * iteration + once, operator.bytes + 2 * program.mixer.blocks * side**2 * size)
 
 
 def staircase(program: ConvexProgram) -> Cost:
     """Features and their transposes for two dozen heads (or one a block), cores, and a lifted gradient twice a round."""
     operator, factored, size = program.operator, program.factored, program.tokens.element_size()
     rows, (k, p, q) = operator.rows, operator.shape
-    heads = max(HEADS, k)
-    descent = STEPS * 2.0 * factored.flops * len(program.tokens) * heads
+    heads = max(EXPECTED_HEADS, k)
+    descent = EXPECTED_STEPS * 2.0 * factored.flops * len(program.tokens) * heads
     # a core's features, second moments and products, with a few directions for every block
-    side = max(HEADS, DIRECTIONS * k)
+    side = max(EXPECTED_HEADS, EXPECTED_DIRECTIONS * k)
     features, columns = side * program.mixer.width, side**2 // k
     step = 4.0 * rows * features * program.mixer.block_outputs + 2.0 * columns**2
-    cores = ROUNDS * (CORE_STEPS * step + 2.0 * rows * features**2 / program.mixer.blocks + columns**3)
-    gradients = 2 * ROUNDS * 2.0 * rows * k * p * q
+    cores = EXPECTED_ROUNDS * (
+        EXPECTED_CORE_STEPS * step + 2.0 * rows * features**2 / program.mixer.blocks + columns**3
+    )
+    gradients = 2 * EXPECTED_ROUNDS * 2.0 * rows * k * p * q
     kept = min(factored.memory, factored.bytes * len(program.tokens))
     return Cost(descent + cores + gradients, kept + (rows * features + columns**2 + k * p * q) * size)
 
@@ -70,5 +72,5 @@ def choose(program: ConvexProgram) -> tuple[str, str]:
     """The solver for a program with fixed gates, and the reason in words."""
     ours, other = splitting(program), staircase(program)
     fits = program.operator.bytes <= LARGEST_DESIGN and gram_side(program) <= LARGEST_GRAM
-    (split,) = program.reduce.agree(torch.tensor(float(fits and ours.operations <= PATIENCE * other.operations)))
+    (split,) = program.reduce.agree(torch.tensor(float(fits and ours.operations <= COST_RATIO * other.operations)))
     return "splitting" if split else "staircase", f"expected: splitting {ours}, staircase {other}"

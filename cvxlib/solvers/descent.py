@@ -17,9 +17,9 @@ from torch import Tensor
 from cvxlib.operators.factored import FactoredOperator
 from cvxlib.program.program import ConvexProgram
 
-MEMORY = 20  # pairs of L-BFGS
+LBFGS_PAIRS = 20
 PROBES = 48  # random vectors that estimate the design tensor's second moments
-CHECK_EVERY = 10
+READ_EVERY = 10  # iterations between two times that the host reads the objective
 
 
 class AxisMoments:
@@ -158,8 +158,8 @@ def minimise(
         gu, gv = gradient()
         evaluations += 1
         pairs.append((step * du, step * dv, gu - old_u, gv - old_v))
-        del pairs[:-MEMORY]
-        if iteration % CHECK_EVERY == 0:  # the only time the host waits for the device
+        del pairs[:-LBFGS_PAIRS]
+        if iteration % READ_EVERY == 0:  # the only time the host waits for the device
             now = value(f)
             if float(last - now) <= tol * abs(float(now)):
                 break

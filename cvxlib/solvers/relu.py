@@ -10,12 +10,12 @@ Source: Pilanci and Ergen 2020 (the program); book, chapter "ReLU and its cones"
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cvxlib.geometry.arrangements import Hyperplanes, inner_point
 from cvxlib.model.heads import Head
@@ -26,11 +26,13 @@ from cvxlib.program.program import ConvexProgram
 from cvxlib.program.solution import Solution
 from cvxlib.solvers import barrier
 from cvxlib.solvers.barrier import HeldNetwork
+from cvxlib.solvers.drive import Method
+from cvxlib.solvers.run import Run, Step
 
 #: neurons that one round of column generation may add
 NEW_NEURONS = 12
 #: rounds without progress of either bound after which column generation gives up
-PATIENCE = 4
+STALL_ROUNDS = 4
 #: weights up to which Newton's method is used to polish
 LARGEST_NEWTON = 1_200
 #: random networks trained to begin with, where no oracle can improve on the first
@@ -56,71 +58,13 @@ class _Neurons:
         return _Neurons(*(torch.cat(pair) for pair in pairs))
 
 
-@torch.no_grad()
-def solve(
-    program: ConvexProgram,
-    *,
-    tol: float,
-    max_iterations: int,
-    start: Solution | None = None,
-    progress: bool | None = None,
-) -> Solution:
-    """Solve a ReLU program, or bound it from both sides; arguments as :func:`cvxlib.solve`."""
-    exact = program.double()
-    search = _Search(exact, max_iterations, 0.1 * tol)
-    status, searched = None, True
-    bar = tqdm(desc="column generation", disable=None if progress is None else not progress, delay=1)
-    try:
-        search.begin(start)
-        stale, before = 0, (np.inf, -np.inf)
-        while True:
-            searched, terms = search.bound()
-            gap = Certificate(search.value, search.dual).relative_gap
-            bar.update()
-            bar.set_postfix_str(f"neurons {len(search.best)}, gap {gap:.1e}")
-            moved = before[0] - search.value > 1e-9 * abs(search.value) or search.dual - before[1] > 1e-6 * abs(
-                search.dual
-            )
-            stale, before = 0 if moved else stale + 1, (search.value, search.dual)
-            if gap <= tol or not terms or stale >= PATIENCE or search.evaluations >= max_iterations:
-                break
-            search.grow(terms)
-    except KeyboardInterrupt:
-        status = Status.INTERRUPTED
-    finally:
-        bar.close()
-    certificate = Certificate(search.value, search.dual, search.point, torch.float64)
-    if status is None:
-        status = _status(exact, certificate, searched, tol)
-    best = search.best
-    shape = (program.mixer.width, program.mixer.block_outputs)
-    factors = Factors(best.u.unflatten(1, program.mixer.shape), best.v.unflatten(1, shape), best.block)
-    return Solution(
-        program=program,
-        factors=Factors(factors.u.to(program.tokens), factors.v.to(program.tokens), factors.block),
-        certificate=certificate,
-        status=status,
-        solver=f"column generation, {search.space}, {search.rounds} rounds",
-        evaluations=search.evaluations,
-        history=torch.tensor(search.history, dtype=torch.float64).reshape(-1, 3),
-    )
+class ColumnGeneration(Method):
+    """The best network, the last polished one, and the bound on all networks that the oracle gives; a step is a round."""
 
+    title = "column generation"
 
-def _status(program: ConvexProgram, certificate: Certificate, searched: bool, tol: float) -> Status:
-    if certificate.relative_gap <= tol:
-        return Status.EXACT
-    if certificate.dual <= 0:
-        return Status.UPPER_BOUND
-    if not program.enumerated:
-        return Status.INTERVAL_PATTERNS
-    return Status.INTERVAL if searched else Status.INTERVAL_CONES
-
-
-class _Search:
-    """The state of a solve: the best network, the best dual point, and what was spent on them."""
-
-    def __init__(self, program: ConvexProgram, max_iterations: int, precision: float) -> None:
-        self.program, self.precision, self.limit = program, precision, max_iterations
+    def __init__(self, program: ConvexProgram) -> None:
+        super().__init__(program)
         self.tokens = program.mixer.split(program.tokens)
         mixer = program.mixer
         empty = program.tokens.new_zeros(0, mixer.p)
@@ -130,13 +74,61 @@ class _Search:
         self.best, self.value = none, self.objective(none)
         #: the last polished network as Newton's method left it: its residual is the most accurate, its objective perhaps not the least
         self.last = none
-        self.dual, self.point = -float("inf"), None
-        self.evaluations, self.rounds, self.history = 1, 0, []
-        self.space = (
-            f"all {program.operator.shape[0]} sign patterns"
-            if program.enumerated
-            else "more sign patterns than the limit"
-        )
+        self.taken, self.rounds, self.searched = 1, 0, True
+        self._bounds, self._stale = (np.inf, -np.inf), 0
+
+    def start(self, solution: Solution | None) -> Factors | None:
+        """The given neurons, if any: the search makes its own starts."""
+        return None if solution is None else solution.factors
+
+    def steps(self, point: Factors | None, run: Run) -> Iterator[Step]:
+        """Trainings to begin with; then the neurons that the oracle finds join, until it finds none."""
+        #: how much of the objective a polished network may miss
+        self.precision = 0.1 * run.tol
+        self.begin(point)
+        while True:
+            rays, terms = self.bound()
+            taken, self.taken = self.taken, 0
+            yield Step(self.factors(), self.value, rays, taken, f"neurons {len(self.best)}")
+            if not terms:
+                return
+            self.grow(terms)
+
+    def factors(self) -> Factors:
+        """The best network."""
+        mixer, best = self.program.mixer, self.best
+        v = best.v.unflatten(1, (mixer.width, mixer.block_outputs))
+        return Factors(best.u.unflatten(1, mixer.shape), v, best.block)
+
+    def stalled(self, run: Run) -> bool:
+        """Whether neither bound has moved for some rounds."""
+        primal, dual = self._bounds
+        moved = primal - run.primal > 1e-9 * abs(run.primal) or run.dual - dual > 1e-6 * abs(run.dual)
+        self._stale, self._bounds = 0 if moved else self._stale + 1, (run.primal, run.dual)
+        return self._stale >= STALL_ROUNDS
+
+    def status(self, status: Status, certificate: Certificate) -> Status:
+        """What the bounds mean, and not what ended the search: that it can get no further is usual."""
+        if status is Status.INTERRUPTED:
+            return status
+        if status is Status.CERTIFIED:
+            return Status.EXACT
+        if certificate.dual <= 0:
+            return Status.UPPER_BOUND
+        if not self.program.enumerated:
+            return Status.INTERVAL_PATTERNS
+        return Status.INTERVAL if self.searched else Status.INTERVAL_CONES
+
+    def words(self) -> str:
+        """How many patterns there are, and how often the oracle was asked."""
+        program = self.program
+        patterns = program.enumerated and f"all {program.operator.shape[0]} sign patterns"
+        return f"{self.title}, {patterns or 'more sign patterns than the limit'}, {self.rounds} rounds"
+
+    @staticmethod
+    def norm_at_zero(program: ConvexProgram, residual: Tensor) -> float:
+        """Nothing is known before the cones are searched through."""
+        return np.inf
 
     @functools.cached_property
     def planes(self) -> list[np.ndarray]:
@@ -166,14 +158,12 @@ class _Search:
         decay = float(neurons.u.square().sum() + neurons.v.square().sum()) / 2
         return self.program.data_loss(self.predictions(neurons)) + self.program.beta * decay
 
-    def begin(self, start: Solution | None) -> None:
-        """Start from a given solution and from a few trainings, whichever is best."""
+    def begin(self, start: Factors | None) -> None:
+        """Start from given neurons and from a few trainings, whichever is best."""
         candidates = []
         if start is not None:
-            u, v = start.factors.u.flatten(1), start.factors.v.flatten(1)
-            candidates.append(
-                _Neurons(u.to(self.best.u), v.to(self.best.v), start.factors.block.to(self.best.block), None)
-            )
+            u, v, block = start.u.flatten(1), start.v.flatten(1), start.block
+            candidates.append(_Neurons(u.to(self.best.u), v.to(self.best.v), block.to(self.best.block), None))
         mixer = self.program.mixer
         width = min(mixer.p * mixer.q, len(self.program.rows) * mixer.outputs, 60) + 4
         for seed in range(1 if self.program.enumerated else STARTS):
@@ -292,7 +282,7 @@ class _Search:
         return self.settle(joined, 1e-7)
 
     def count(self) -> None:
-        self.evaluations += 1
+        self.taken += 1
 
     def walls(self, neurons: _Neurons) -> Tensor:
         """(m, f, p) unit rows of the neurons' cones, padded with zeros: facets where the patterns are enumerated, otherwise every row."""
@@ -326,33 +316,22 @@ class _Search:
 
     # lower bound
 
-    def bound(self) -> tuple[bool, list]:
-        """Improve the lower bound by the residual of the last polished network; also the oracle's answers, and whether its search was complete."""
+    def bound(self) -> tuple[list[tuple[Tensor, float]], list]:
+        """Residuals that bound the optimum, with their dual norms, and the oracle's answers."""
         program = self.program
         self.rounds += 1
         self.last = self.last if len(self.last) else self.best
         residual = program.loss.gradient(self.predictions(self.last), program.rows)
-        complete, terms = True, []
         if program.enumerated:
             gradient = program.operator.adjoint(residual) / program.samples
             found, terms = program.norm.search(gradient, threshold=program.beta * (1 + 1e-3 * self.precision))
-            complete = found.exact(1e-7)
-            self.offer(residual, found.upper)
-        else:
-            # a residual whose bound is k times too large must be shrunk; that of a network trained at beta / k need not be
-            neurons, norm = self.best, self.offer(residual, program.dual_norm(residual))
-            beta = program.beta
-            for _ in range(SHADOWS if program.beta < norm < np.inf else 0):
-                beta *= program.beta / norm
-                neurons = self.train(neurons, beta=beta)
-                residual = program.loss.gradient(self.predictions(neurons), program.rows)
-                norm = self.offer(residual, program.dual_norm(residual))
-        self.history.append((self.evaluations, self.value, self.dual))
-        return complete, terms
-
-    def offer(self, residual: Tensor, norm: float) -> float:
-        """Take the dual point along a residual, whose dual norm is at most ``norm``, if it is the best so far."""
-        dual, point = self.program.feasible_dual(residual, norm)
-        if dual > self.dual:
-            self.dual, self.point = dual, point
-        return norm
+            self.searched = found.exact(1e-7)
+            return [(residual, found.upper)], terms
+        # a residual whose bound is k times too large must be shrunk; that of a network trained at beta / k need not be
+        neurons, beta, rays = self.best, program.beta, [(residual, program.dual_norm(residual))]
+        for _ in range(SHADOWS if beta < rays[0][1] < np.inf else 0):
+            beta *= program.beta / rays[-1][1]
+            neurons = self.train(neurons, beta=beta)
+            residual = program.loss.gradient(self.predictions(neurons), program.rows)
+            rays.append((residual, program.dual_norm(residual)))
+        return rays, []

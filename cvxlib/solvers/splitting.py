@@ -18,20 +18,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cvxlib.geometry.norms import BlockNuclearNorm
 from cvxlib.ground.one_process import ALONE, OneProcess
 from cvxlib.model.losses import SquaredLoss
 from cvxlib.operators.maps import BlockOperator
 from cvxlib.operators.projections import GraphProjection
-from cvxlib.program.certificate import Certificate, Status
 from cvxlib.program.program import ConvexProgram
-from cvxlib.program.solution import Solution
-from cvxlib.solvers._checkpoint import Checkpoint
-from cvxlib.solvers._finish import Stall, finish, rounding
+from cvxlib.solvers.drive import CHECK_EVERY, Method
+from cvxlib.solvers.run import Run, Step
 
-CHECK_EVERY = 10
 RELAXATION = 1.6
 PENALTY = 0.2  # on the loss's arguments, as a fraction of its curvature
 
@@ -174,78 +170,30 @@ def iterates(program: ConvexProgram, operator: BlockOperator, z: Tensor, residua
             fit.set_weight(weight)
 
 
-@torch.no_grad()
-def solve(
-    program: ConvexProgram,
-    *,
-    tol: float,
-    max_iterations: int,
-    start: Solution | None = None,
-    checkpoint: Checkpoint | None = None,
-    progress: bool | None = None,
-) -> Solution:
-    """Solve a program by operator splitting; arguments as :func:`cvxlib.solve`."""
-    operator, loss, rows, norm, n = program.operator, program.loss, program.rows, program.norm, program.samples
-    best = operator.zeros() if start is None else start.lifted.to(program.tokens)
-    saved = checkpoint.read_lifted() if checkpoint else None
-    if saved:
-        best = saved[0]
-    best, penalty = program.reduce.agree(best, norm.value(best))
-    az = operator.forward(best)
-    value = program.data_loss(az) + program.beta * float(penalty)
-    residual = loss.gradient(az, rows)
-    slack = rounding(best.dtype)
-    best_dual, best_point = program.feasible_dual(residual, float(norm.dual(program.gradient(az))), slack)
-    history, evaluations = [(1, value, best_dual)], 1
-    if saved:
-        _, best_dual, best_point, evaluations, history = saved
-    k, p, q = operator.shape
-    name = f"operator splitting on {k} blocks of {p} x {q}, design tensor of {operator.rows} rows"
+class Splitting(Method):
+    """Operator splitting; a step is ten of its iterations."""
 
-    def finished(status: Status) -> Solution:
-        certificate = Certificate(value, best_dual, best_point, best.dtype)
-        return finish(program, best, certificate, status, name, evaluations, history, tol)
+    title = "operator splitting"
 
-    steps, aim, solution, stalled = iterates(program, operator, best, residual), tol, None, Stall(best.dtype)
-    bar = tqdm(
-        total=max_iterations, desc="operator splitting", disable=None if progress is None else not progress, delay=1
-    )
-    try:
-        while True:
-            gap = Certificate(value, best_dual).relative_gap
-            bar.set_postfix_str(f"gap {gap:.1e}")
-            if gap <= aim:
-                solution = finished(Status.CERTIFIED)
-                if solution.status is Status.CERTIFIED or aim < torch.finfo(best.dtype).eps:
-                    break
-                aim /= 2  # double precision finds the gap a little wider
-            if stalled(gap, evaluations):
-                solution = finished(Status.STALLED)
-                break
-            if evaluations >= max_iterations:
-                solution = finished(Status.ITERATION_LIMIT)
-                break
-            step = next(steps)
-            evaluations += CHECK_EVERY + 1
-            bar.update(CHECK_EVERY + 1)
+    def steps(self, point: Tensor, run: Run) -> Iterator[Step]:
+        """Ten iterations at a time, from lifted blocks."""
+        program, operator, loss, norm = self.program, self.program.operator, self.program.loss, self.program.norm
+        z, penalty = program.reduce.agree(point, norm.value(point))
+        az = operator.forward(z)
+        residual = loss.gradient(az, program.rows)
+        if not run.history:
+            value = program.data_loss(az) + program.beta * float(penalty)
+            yield Step(z, value, [(residual, float(norm.dual(program.gradient(az))))], 1)
+        for at in iterates(program, operator, z, residual):
+            value = program.data_loss(operator.forward(at.w)) + program.beta * float(at.penalty)
+            residual = loss.gradient(at.f, program.rows)
+            spectral = float(norm.dual(operator.adjoint(residual))) / program.samples
+            yield Step(at.w, value, [(residual, spectral)], CHECK_EVERY + 1)
 
-            new_value = program.data_loss(operator.forward(step.w)) + program.beta * float(step.penalty)
-            if new_value < value:
-                best, value = step.w, new_value
-            residual = loss.gradient(step.f, rows)
-            dual, point = program.feasible_dual(residual, float(norm.dual(operator.adjoint(residual))) / n, slack)
-            if dual > best_dual:
-                best_dual, best_point = dual, point
-            history.append((evaluations, value, best_dual))
-            if checkpoint and checkpoint.due:
-                checkpoint.write_lifted(best, best_dual, best_point, evaluations, history)
-    except KeyboardInterrupt:
-        solution = finished(Status.INTERRUPTED)
-    finally:
-        bar.close()
-    if checkpoint:
-        checkpoint.write_lifted(best, best_dual, best_point, evaluations, history)
-    return solution
+    def words(self) -> str:
+        """The sizes of blocks and design tensor."""
+        k, p, q = self.program.operator.shape
+        return f"{self.title} on {k} blocks of {p} x {q}, design tensor of {self.program.operator.rows} rows"
 
 
 def _balance(primal: Tensor, dual: Tensor, point: Tensor, multiplier: Tensor, reduce: OneProcess = ALONE) -> float:

@@ -14,138 +14,88 @@ Source: Burer and Monteiro 2003; Boumal, Voroninski and Bandeira 2016 (the stair
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cvxlib.geometry.norms import top_singular
-from cvxlib.program.certificate import Certificate, Factors, Status
+from cvxlib.program.certificate import Factors, relative_gap
 from cvxlib.program.program import ConvexProgram
 from cvxlib.program.solution import Solution
 from cvxlib.solvers import splitting
-from cvxlib.solvers._checkpoint import Checkpoint
-from cvxlib.solvers._finish import Stall, rounding
 from cvxlib.solvers.descent import AxisMoments, minimise
+from cvxlib.solvers.drive import CHECK_EVERY, Method
+from cvxlib.solvers.run import Run, Step, rounding
 
 DESCENT = 40, 160  # fewest and most steps of descent in a round
 CORE_STEPS = 300  # steps of operator splitting on a core
 CORE_BYTES = 2**31  # of a core's features, of their second moments, and
 CORE_COLUMNS = 3000  # side of its Gram matrix: with more heads than these allow, a round adds one direction a block
 DIRECTIONS = 16, 8  # new directions in a round, over all blocks, but at least so many a block
-NEAR = 0.9  # a singular value counts as violated from this fraction of beta on: it may become so
+VIOLATED_FROM = 0.9  # a singular value counts as violated from this fraction of beta on: it may become so
 
 
-@torch.no_grad()
-def solve(
-    program: ConvexProgram,
-    *,
-    tol: float,
-    max_iterations: int,
-    start: Solution | None = None,
-    checkpoint: Checkpoint | None = None,
-    progress: bool | None = None,
-) -> Solution:
-    """Solve a program by the staircase; arguments as :func:`cvxlib.solve`."""
-    state = _State(program, start)
-    saved = checkpoint.read() if checkpoint else None
-    if saved:
-        state.restore(*saved)
-    bar = tqdm(total=max_iterations, desc="staircase", disable=None if progress is None else not progress, delay=1)
-    status, aim, stalled = Status.ITERATION_LIMIT, tol, Stall(program.tokens.dtype)
-    try:
-        if not saved:
-            state.certify()
-        while True:
-            bar.n = min(state.evaluations, max_iterations)
-            bar.set_postfix_str(f"rank {len(state.k)}, gap {state.gap:.1e}")
-            if state.gap <= aim:
-                if state.audit().relative_gap <= tol:
-                    status = Status.CERTIFIED
-                    break
-                aim /= 2  # double precision finds the gap a little wider
-                if aim < torch.finfo(program.tokens.dtype).eps:
-                    status = Status.STALLED
-                    break
-            if stalled(state.gap, state.evaluations):
-                status = Status.CERTIFIED if state.audit().relative_gap <= tol else Status.STALLED
-                break
-            if state.evaluations >= max_iterations:
-                break
-            last = state.gap
-            state.solve_core(aim)
-            state.certify()
-            if state.gap > aim:
-                state.descend(aim)
-                state.certify()
-            if state.gap > 0.5 * last:
-                state.core_gap *= 0.2
-            if checkpoint:
-                state.save(checkpoint)
-    except KeyboardInterrupt:
-        status = Status.INTERRUPTED
-    finally:
-        bar.close()
-    return state.solution(status)
+class Staircase(Method):
+    """Heads u, v in blocks k, and their residual; a step is a core, or a descent from it."""
 
+    title = "staircase"
+    long_steps = True
+    patience = 24
 
-class _State:
-    """Where the staircase stands: heads u, v in blocks k, their residual, and the best bounds so far."""
-
-    def __init__(self, program: ConvexProgram, start: Solution | None) -> None:
-        self.program, self.operator = program, program.factored
+    def __init__(self, program: ConvexProgram) -> None:
+        super().__init__(program)
+        self.operator = program.factored
         self.moments: AxisMoments | None = None
         # a core need not be solved much better than what is outside it; rounds that gain little make it smaller
-        self.core_gap = 1e-2
+        self.core_gap, self.last = 1e-2, float("inf")
         self.core_operations = 0.0
-        self.slack = rounding(program.tokens.dtype)
-        mixer, like = program.mixer, program.tokens
-        if start is None:
-            self.u, self.k = like.new_zeros(0, mixer.p), torch.zeros(0, dtype=torch.long)
-            self.v = like.new_zeros(0, mixer.width, mixer.block_outputs)
-        else:
-            self.u, self.v = start.factors.u.flatten(1).to(like), start.factors.v.to(like)
-            self.k = start.factors.block.cpu()
-        self.f = self.operator.predictions(self.u, self.v, self.k)
-        self.residual = program.loss.gradient(self.f, program.rows)
-        self.best, self.primal = self.factors(), self._objective()
-        self.dual, self.point = -float("inf"), torch.zeros_like(self.residual)
+        self.descends = False  # whether the next step is a descent
         self.directions: list[tuple[int, Tensor, Tensor]] = []
-        self.evaluations, self.history = 1, []
-        self.audited: tuple[tuple[float, float], Certificate] | None = None
 
-    @property
-    def gap(self) -> float:
-        """The relative gap of the best bounds, in the arithmetic of the tokens."""
-        return Certificate(self.primal, self.dual).relative_gap
+    def start(self, solution: Solution | None) -> Factors:
+        """The given heads, or none."""
+        mixer, like = self.program.mixer, self.program.tokens
+        if solution is not None:
+            found = solution.factors
+            return Factors(found.u.to(like), found.v.to(like), found.block)
+        none = like.new_zeros(0, mixer.width, mixer.block_outputs)
+        return Factors(like.new_zeros(0, *mixer.shape), none, torch.zeros(0, dtype=torch.long))
 
-    def factors(self) -> Factors:
-        """The present heads, largest first."""
-        order = self.u.norm(dim=1).argsort(descending=True)
-        mixer = self.program.mixer
-        return Factors(self.u[order].reshape(-1, *mixer.shape), self.v[order], self.k.to(order.device)[order])
+    def steps(self, point: Factors, run: Run) -> Iterator[Step]:
+        """Cores and descents by turns."""
+        if run.saved:
+            self.restore(*run.saved)
+        else:
+            self.u, self.v, self.k = point.u.flatten(1), point.v, point.block.cpu()
+            self.f = self.operator.predictions(self.u, self.v, self.k)
+            self.residual = self.program.loss.gradient(self.f, self.program.rows)
+            yield self.look(2)
+        while True:
+            if self.descends:
+                self.descends = False
+                yield self.look(self.descend(run) + 1)
+            else:
+                if run.gap > 0.5 * self.last:
+                    self.core_gap *= 0.2
+                self.last = run.gap
+                self.solve_core(run)
+                self.descends = True
+                yield self.look(2)
 
-    def _objective(self) -> float:
-        (squares,) = self.program.reduce.agree(self.u.square().sum() + self.v.square().sum())
-        return self.program.data_loss(self.f) + self.program.beta / 2 * float(squares)
-
-    def _offer(self) -> None:
-        """Keep the present heads if they are the best."""
-        value = self._objective()
-        if value < self.primal:
-            self.best, self.primal = self.factors(), value
-
-    def certify(self) -> None:
-        """Bound the optimum by the present residual, and find the directions that violate the dual constraint."""
+    def look(self, evaluations: int) -> Step:
+        """The present heads and their residual, and the directions that violate the dual constraint."""
         program = self.program
         gradient = self.operator.adjoint(self.residual) / program.samples
         spectral, self.directions = violated(gradient, program.beta)
-        dual, point = program.feasible_dual(self.residual, spectral, self.slack)
-        if dual > self.dual:
-            self.dual, self.point = dual, point
-        self.evaluations += 1
-        self.history.append((self.evaluations, self.primal, self.dual))
+        (squares,) = program.reduce.agree(self.u.square().sum() + self.v.square().sum())
+        value = program.data_loss(self.f) + program.beta / 2 * float(squares)
+        order = self.u.norm(dim=1).argsort(descending=True)  # largest first
+        u = self.u[order].reshape(-1, *program.mixer.shape)
+        factors = Factors(u, self.v[order], self.k.to(order.device)[order])
+        return Step(factors, value, [(self.residual, spectral)], evaluations, f"rank {len(self.k)}")
 
-    def solve_core(self, tol: float) -> None:
+    def solve_core(self, run: Run) -> None:
         """Solve the program on the span of the heads and of the violated directions."""
         program = self.program
         numbers = max(CORE_BYTES, self.operator.memory) / self.u.element_size()
@@ -162,27 +112,25 @@ class _State:
                 best, value, self.f = step.w, at, f
             residual = program.loss.gradient(step.f, program.rows)
             spectral = float(program.norm.dual(core.adjoint(residual))) / program.samples
-            bound, _ = program.feasible_dual(residual, spectral, self.slack)
+            bound, _ = program.feasible_dual(residual, spectral, rounding(self.u.dtype))
             if bound > dual:
                 dual, self.residual = bound, residual
-            if Certificate(value, dual).relative_gap <= max(0.1 * tol, min(0.02 * self.gap, self.core_gap)):
+            if relative_gap(value, dual) <= max(0.1 * run.aim, min(0.02 * run.gap, self.core_gap)):
                 break
-            if count * splitting.CHECK_EVERY >= CORE_STEPS:
+            if count * CHECK_EVERY >= CORE_STEPS:
                 break
-        self.core_operations = 3.0 * count * splitting.CHECK_EVERY * sum(part.flops for part in core.maps)
+        self.core_operations = 3.0 * count * CHECK_EVERY * sum(part.flops for part in core.maps)
         a, sigma, b = torch.linalg.svd(best, full_matrices=False)
         slot, index = (sigma > 1e-6 * sigma.max()).nonzero(as_tuple=True)
         root = sigma[slot, index].sqrt().unsqueeze(1)
         self.u = (left @ a).mT[slot, index] * root
         self.v = ((right @ b.mT).mT[slot, index] * root).unflatten(1, self.v.shape[1:])
         self.u, self.v, self.k = program.reduce.agree(self.u, self.v, blocks[slot.cpu()])
-        self.evaluations += 1
-        self._offer()
 
-    def descend(self, tol: float) -> None:
-        """Turn the subspaces by descent on the factors."""
+    def descend(self, run: Run) -> int:
+        """Turn the subspaces by descent on the factors; how many evaluations that took."""
         if not len(self.k):
-            return
+            return 0
         if self.moments is None:
             self.moments = AxisMoments(self.program, self.operator)
         step = 3.0 * self.operator.flops * len(self.program.tokens) * len(self.k)
@@ -197,68 +145,33 @@ class _State:
             self.k,
             # a costly core is worth as much descent
             iterations=int(steps.clamp(*DESCENT)),
-            tol=0.01 * min(tol, self.gap),
+            tol=0.01 * min(run.aim, run.gap),
             keep_features=3 * size <= self.operator.memory,
         )
         self.residual = self.program.loss.gradient(self.f, self.program.rows)
-        self.evaluations += count
-        self._offer()
+        return count
 
-    def audit(self) -> Certificate:
-        """The certificate of the best heads, in double precision."""
-        if self.operator.dtype == torch.float64:
-            return Certificate(self.primal, self.dual, self.point)
-        if self.audited is None or self.audited[0] != (self.primal, self.dual):
-            exact = self.program.in_double()
-            u, v, k = self.best.u.flatten(1).double(), self.best.v.double(), self.best.block.cpu()
-            loss = exact.data_loss(exact.factored.predictions(u, v, k))
-            (squares,) = exact.reduce.agree(u.square().sum() + v.square().sum())
-            primal = loss + exact.beta / 2 * float(squares)
-            point = exact.loss.to_domain(self.point.double(), exact.rows)
-            certificate = Certificate(primal, *exact.feasible_dual(point, exact.dual_norm(point)))
-            self.audited = (self.primal, self.dual), certificate
-        return self.audited[1]
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write down everything that the next round depends on."""
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """Everything that the next step depends on."""
         tensors = {"u": self.u, "v": self.v, "k": self.k, "residual": self.operator.reduce.gather(self.residual)}
-        tensors |= {"best.u": self.best.u, "best.v": self.best.v, "best.k": self.best.block}
-        tensors |= {"point": self.operator.reduce.gather(self.point)}
         for block, left, right in self.directions:
             tensors |= {f"left.{block}": left, f"right.{block}": right}
-        if self.operator.reduce.rank == 0:
-            checkpoint.write(
-                tensors,
-                primal=self.primal,
-                dual=self.dual,
-                evaluations=self.evaluations,
-                history=self.history,
-                core_gap=self.core_gap,
-                blocks=[block for block, _, _ in self.directions],
-            )
+        names = ("core_gap", "last", "core_operations", "descends")
+        numbers = {name: getattr(self, name) for name in names}
+        return tensors, numbers | {"blocks": [block for block, _, _ in self.directions]}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict) -> None:
-        """Go back to where :meth:`save` was called."""
+        """Go back to where :meth:`state` was called."""
         self.u, self.v, self.k = tensors["u"], tensors["v"], tensors["k"].cpu()
-        self.residual, self.point = (self.operator.reduce.own(tensors[name]) for name in ("residual", "point"))
-        self.f = self.operator.predictions(self.u, self.v, self.k)
-        self.best = Factors(*(tensors[f"best.{name}"] for name in "uvk"))
-        self.primal, self.dual, self.evaluations = numbers["primal"], numbers["dual"], numbers["evaluations"]
-        self.history, self.core_gap = [tuple(row) for row in numbers["history"]], numbers["core_gap"]
+        self.residual = self.operator.reduce.own(tensors["residual"])
+        self.core_gap, self.last = numbers["core_gap"], numbers["last"]
+        self.core_operations, self.descends = numbers["core_operations"], numbers["descends"]
         self.directions = [(k, tensors[f"left.{k}"], tensors[f"right.{k}"]) for k in numbers["blocks"]]
 
-    def solution(self, status: Status) -> Solution:
-        """The best heads with their certificate."""
+    def words(self) -> str:
+        """The blocks, and the contraction."""
         k, p, q = self.operator.shape
-        return Solution(
-            program=self.program,
-            factors=self.best,
-            certificate=self.audit(),
-            status=status,
-            solver=f"staircase on {k} blocks of {p} x {q}, {self.operator.path}",
-            evaluations=self.evaluations,
-            history=torch.tensor(self.history, dtype=torch.float64).reshape(-1, 3),
-        )
+        return f"staircase on {k} blocks of {p} x {q}, {self.operator.path}"
 
 
 def violated(gradient: Tensor, beta: float) -> tuple[float, list[tuple[int, Tensor, Tensor]]]:
@@ -269,7 +182,7 @@ def violated(gradient: Tensor, beta: float) -> tuple[float, list[tuple[int, Tens
     tops = [top_singular(matrix, limit) for matrix in tall]
     bound, directions = max(largest for _, _, largest in tops), []
     for k, (matrix, (sigma, vectors, _)) in enumerate(zip(tall, tops, strict=True)):
-        keep = sigma > NEAR * min(beta, bound)
+        keep = sigma > VIOLATED_FROM * min(beta, bound)
         if bool(keep.any()):
             short = vectors[:, keep]
             long = torch.linalg.qr(matrix @ short)[0]

@@ -135,18 +135,19 @@ def path(
     require_alone("program", program.reduce)
     tol = positive_float("tol", tol)
     instance("screen", screen, bool, "True or False")
-    grid = _grid(program, betas, count, ratio)
-    folder = None
     if checkpoint is not None:
         instance("checkpoint", checkpoint, (str, os.PathLike), "the path of a folder, or None")
-        options = {"betas": grid, "tol": tol, "solver": solver, "screen": screen}
-        folder = Points(File(checkpoint), program, options)
-    points = folder.read() if folder else []
-    walk = _Walk(program, tol, solver, screen)
-    bar = tqdm(
-        total=len(grid), initial=len(points), desc="path", disable=None if progress is None else not progress, delay=1
-    )
+    grid, points, complete = [], [], False
+    bar = tqdm(desc="path", disable=None if progress is None else not progress, delay=1)
     try:
+        grid, folder = _grid(program, betas, count, ratio), None
+        if checkpoint is not None:
+            options = {"betas": grid, "tol": tol, "solver": solver, "screen": screen}
+            folder = Points(File(checkpoint), program, options)
+            points = folder.read()
+        walk = _Walk(program, tol, solver, screen)
+        bar.reset(len(grid))
+        bar.update(len(points))
         for beta in grid[len(points) :]:
             point = walk.step(program.with_beta(beta), points[-1].solution if points else None)
             if point.solution.status is Status.INTERRUPTED:
@@ -156,6 +157,7 @@ def path(
             points.append(point)
             bar.update()
             bar.set_postfix_str(f"beta {beta:.2e}, rank {point.solution.rank}")
+        complete = len(points) == len(grid)
     except KeyboardInterrupt:
         pass  # the points finished so far are the answer
     finally:
@@ -165,7 +167,7 @@ def path(
         solutions=[point.solution for point in points],
         screened=torch.tensor([point.screened for point in points], dtype=torch.long),
         solved=torch.tensor([point.solved for point in points], dtype=torch.long),
-        complete=len(points) == len(grid),
+        complete=complete,
     )
 
 
