@@ -164,7 +164,7 @@ def test_without_extras_versions_are_shown(bare):
 #: what needs an extra, the package that is then named first, and the extra
 OPTIONAL = {
     "from cvxlib import ConvexHeadClassifier": ("scikit-learn", "estimators"),
-    "from cvxlib import figures": ("matplotlib", "figures"),
+    "from cvxlib.figures import COLOURS": ("matplotlib", "figures"),
     "from cvxlib.vision import backbone; backbone('gmlp_s16_224')": ("timm", "vision"),
     "from cvxlib.vision import cache_folder; cache_folder()": ("platformdirs", "vision"),
     "from cvxlib.energy.images import digit_tokens; digit_tokens()": ("scikit-learn", "estimators"),
