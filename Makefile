@@ -60,7 +60,7 @@ _build/experiments/%.ipynb: book/experiments/%.ipynb $(VENV)/installed
 digits-steps: .venv-digits/installed
 	@printf '\n== experiment: book/experiments/digits.ipynb\n'
 	mkdir -p _build/experiments
-	.venv-digits/bin/papermill --cwd book/experiments --progress-bar book/experiments/digits.ipynb _build/experiments/digits.ipynb
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-digits/bin/papermill --cwd book/experiments --progress-bar book/experiments/digits.ipynb _build/experiments/digits.ipynb
 	@echo "Look at _build/experiments/digits.png (numbers: digits.json, the executed notebook: digits.ipynb, beside it)"
 
 book-steps: $(VENV)/installed

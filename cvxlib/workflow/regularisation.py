@@ -21,7 +21,7 @@ from cvxlib.audit.screening import GapSafeRule, move, restrict, separable
 from cvxlib.ground.checks import float_tensor, instance, positive_float, positive_int, require
 from cvxlib.ground.one_process import require_alone
 from cvxlib.model.activations import GatedReLU
-from cvxlib.program.certificate import Certificate, Factors, Status
+from cvxlib.program.certificate import Factors, Status
 from cvxlib.program.program import ConvexProgram
 from cvxlib.program.solution import Solution
 from cvxlib.solvers import solve
@@ -276,14 +276,7 @@ def _zero(program: ConvexProgram) -> Solution:
 
 def _certified(program: ConvexProgram, factors: Factors, point: Tensor) -> Solution:
     """Factors as a solution, certified with a dual point that is scaled to feasibility for all gates of the program."""
-    head = program.head(factors)
-    if program.tokens.dtype != torch.float64:
-        certificate = certify(program, head, point)
-    else:
-        predictions = predict(head, program.tokens).reshape(len(program.rows), -1)
-        primal = program.data_loss(predictions) + program.beta * float(head.weight_decay().detach())
-        dual, point = program.feasible_dual(point, program.dual_norm(point))
-        certificate = Certificate(primal, dual, point)
+    certificate = certify(program, program.head(factors), point)
     history = torch.tensor([[0, certificate.primal, certificate.dual]], dtype=torch.float64)
     return Solution(program, factors, certificate, Status.CERTIFIED, "the point before", 0, history)
 
@@ -292,7 +285,9 @@ def _better(found: Solution, warm: Solution, tol: float) -> Solution:
     """A solution with the better of its own lower bound and that of another point of the same program."""
     best, other = found.certificate, warm.certificate
     if other.dual > best.dual:
-        best = dataclasses.replace(best, dual=other.dual, dual_point=other.dual_point)
+        best = dataclasses.replace(
+            best, dual=other.dual, dual_point=other.dual_point, assurance=other.assurance
+        )
     short = found.status in (Status.ITERATION_LIMIT, Status.STALLED) and best.relative_gap <= tol
     return dataclasses.replace(found, certificate=best, status=Status.CERTIFIED if short else found.status)
 
