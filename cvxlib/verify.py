@@ -209,8 +209,9 @@ def norm_above(header, sizes, x, delta, tokens, masks):
     n, (a, h, w, p, blocks, degree) = len(tokens), sizes
     o = x.shape[2] // blocks
     demand(p * w * o <= LARGEST_MATRIX, "the lifted matrices are too large for this checker")
-    step = min(n, 256, max(1, 2**22 // ((a + h) * p + p * w + a * w * o)))
-    m = a + h + step * (1 if pooled else a) + n // step + 16
+    flat = 1 if pooled else a  # rows of a sample that are summed in one go with those of other samples
+    step = min(n, max(1, min(512 // flat, 2**22 // ((a + h) * p + p * w + a * w * o))))
+    m = a + h + step * flat + n // step + 16
     (tokens, by), (x, of) = scaled(tokens), scaled(x)
     # gamma_m |x| + (1 + gamma_m) delta, doubled to be above all rounding of the second pass
     spread = 2 * m * U * np.abs(x) + 2 * np.ldexp(delta, -of)
