@@ -28,6 +28,7 @@ from cvxlib.program.program import ConvexProgram
 from cvxlib.program.recovery import factor
 from cvxlib.program.solution import Solution
 from cvxlib.solvers import solve
+from cvxlib.workflow.proof import save_certificate
 from cvxlib.workflow.regularisation import path
 from cvxlib.workflow.storage import load, save
 
@@ -62,6 +63,7 @@ __all__ = [
     "load",
     "path",
     "save",
+    "save_certificate",
     "screen",
     "show_versions",
     "solve",
