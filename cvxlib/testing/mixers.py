@@ -11,6 +11,7 @@ import functools
 import itertools
 import numbers
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ ROUNDING = 1e-10
 #: certified relative gap of the battery's solves
 TOL = 1e-6
 GATES = 3
+
+T = TypeVar("T")
 
 
 class MixerError(AssertionError):
@@ -74,7 +77,7 @@ def check_sizes(mixer: Mixer, tokens: Tensor) -> None:
         f"shape must be a tuple of whole numbers of at least 1, the shape of one u, but is {shape!r}",
     )
     for name in ("width", "outputs", "blocks"):
-        size = _attempt(name, lambda name=name: getattr(mixer, name))
+        size = _attempt(name, functools.partial(getattr, mixer, name))
         _expect(_whole(size), f"{name} must be a whole number of at least 1, but is {size!r}")
     _expect(mixer.outputs % mixer.blocks == 0, f"blocks = {mixer.blocks} must divide outputs = {mixer.outputs}")
     _expect(
@@ -345,7 +348,7 @@ def _expect(condition: bool, sentence: str) -> None:
         raise MixerError(sentence + ".")
 
 
-def _attempt(what: str, call: Callable[[], object]) -> object:
+def _attempt(what: str, call: Callable[[], T]) -> T:
     """The result of a call into the mixer; whatever it raises becomes a sentence."""
     try:
         return call()
@@ -379,7 +382,7 @@ def _form(value: object) -> str:
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
