@@ -85,4 +85,4 @@ def install() -> None:
     for old in FUNCTIONS:
         # importing a module that is there already leaves the package's attribute alone
         sys.modules[old] = Moved(old)
-    sys.modules[FOLDER].__getattr__ = lambda name: _find(FOLDER, name)
+    vars(sys.modules[FOLDER])["__getattr__"] = lambda name: _find(FOLDER, name)

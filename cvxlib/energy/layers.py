@@ -3,6 +3,7 @@ r"""Layers that alternate one step on each energy, stacks of them, and the minim
 from __future__ import annotations
 
 import math
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from cvxlib.energy._inputs import matrix, token_array
 from cvxlib.energy.attention import attention_energy, attention_step, kernel
 from cvxlib.energy.feedforward import feedforward_energy, feedforward_gradient, feedforward_step
-from cvxlib.ground.checks import positive_float, positive_int, require
+from cvxlib.ground.checks import positive_float, positive_int, require, wrong_type
 
 
 def matched_step(
@@ -53,6 +54,18 @@ def matched_step(
     norm = torch.linalg.matrix_norm(attention.detach(), 2).square()
     Y = Y - step * slope / ((degree + 1) * norm + curvature)
     return Y.clamp(min=0) if nonnegative else Y
+
+
+class EnergyOptions(TypedDict, total=False):
+    """The options of an :class:`EnergyLayer`."""
+
+    step: float
+    feedforward_step: float
+    reweighted: bool
+    sink: bool
+    matched: bool
+    nonnegative: bool
+    bound: float | None
 
 
 class EnergyLayer(nn.Module):
@@ -107,7 +120,9 @@ class EnergyLayer(nn.Module):
         self.bound = None if bound is None else positive_float("bound", bound)
 
     @classmethod
-    def random(cls, features: int, width: int, *, scale: float = 1.0, seed: int = 0, **options) -> EnergyLayer:
+    def random(
+        cls, features: int, width: int, *, scale: float = 1.0, seed: int = 0, **options: Unpack[EnergyOptions]
+    ) -> EnergyLayer:
         r"""A float32 layer with normal weights: entries of :math:`W_a` of deviation scale / sqrt(d), of :math:`W_f` 1 / (2 sqrt(d))."""
         generator = torch.Generator().manual_seed(seed)
         d = positive_int("features", features)
@@ -170,7 +185,7 @@ class EnergyTransformer(nn.Module):
         layers: int = 12,
         shared: bool = True,
         seed: int = 0,
-        **options,
+        **options: Unpack[EnergyOptions],
     ) -> None:
         super().__init__()
         self.depth = positive_int("layers", layers)
@@ -188,11 +203,14 @@ class EnergyTransformer(nn.Module):
     def start(self, tokens: Tensor) -> Tensor:
         """(..., s, d) the embedded tokens: the start and the bias B; nonnegative where the layers are."""
         Y = token_array("tokens", tokens) @ self.embed + self.bias
-        return Y.clamp(min=0) if self.layers[0].nonnegative else Y
+        return Y.clamp(min=0) if self.layer(0).nonnegative else Y
 
     def layer(self, index: int) -> EnergyLayer:
         """The layer at a depth, 0 to ``depth - 1``."""
-        return self.layers[index % len(self.layers)]
+        layer = self.layers[index % len(self.layers)]
+        if not isinstance(layer, EnergyLayer):
+            raise wrong_type("layers", "energy layers", layer)
+        return layer
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(..., c) predictions for tokens (..., s, features)."""

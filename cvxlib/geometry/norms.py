@@ -158,7 +158,7 @@ class BlockConeNorm:
             # G lies in the span of the rows, to rounding: what the basis leaves of it counts in full
             outside = float(np.linalg.norm(matrices[k] - basis.T @ inside))
             upper = max(upper, min(found.upper + outside, float(spectral[k])))
-            if found.u is not None:
+            if found.u is not None and found.v is not None:
                 best = max(best, found.lower)
                 if found.lower > threshold:
                     terms.append((found.lower, int(k), basis.T @ found.u, found.v))

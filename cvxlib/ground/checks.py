@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -84,8 +84,9 @@ def positive_int(name: str, value: object, least: int = 1) -> int:
     """A whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise wrong_type(name, f"a whole number, {least} or more", value)
-    require(value >= least, name, f"a whole number, {least} or more", value)
-    return int(value)
+    whole = int(value)
+    require(whole >= least, name, f"a whole number, {least} or more", value)
+    return whole
 
 
 def positive_float(name: str, value: object, zero: bool = False) -> float:
@@ -100,7 +101,7 @@ def positive_float(name: str, value: object, zero: bool = False) -> float:
     return value
 
 
-def float_tensor(name: str, value: object, axes: str, *, finite: bool = True) -> Tensor:
+def float_tensor(name: str, value: object, axes: Sequence[str], *, finite: bool = True) -> Tensor:
     """A finite float32 or float64 tensor with one axis per letter of ``axes``; NumPy arrays are taken too."""
     expected = f"a float32 or float64 array of shape ({', '.join(axes)})"
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":

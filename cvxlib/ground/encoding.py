@@ -24,7 +24,7 @@ class Unwritable(Exception):
     """A part that JSON and tensors cannot hold; says why."""
 
 
-def encode(name: str, part: Part, tensors: dict[str, Tensor]) -> dict:
+def encode(name: str, part: Part, tensors: dict[str, Tensor]) -> dict[str, object]:
     """A part as JSON; its tensors join ``tensors`` under names that begin with ``name``.
 
     Raises:
@@ -32,7 +32,7 @@ def encode(name: str, part: Part, tensors: dict[str, Tensor]) -> dict:
             class does not make it anew from them.
     """
     mine: dict[str, Tensor] = {}
-    code = _encode(name, part, mine)
+    code = _encode_part(name, part, mine)
     try:
         again = _decode(code, mine, {qualified(kind): kind for kind in _kinds(part)})
     except (Unknown, TypeError, ValueError, AttributeError) as error:
@@ -55,7 +55,15 @@ def decode(code: Mapping[str, object], tensors: Mapping[str, Tensor], known: Map
     name = str(code["class"])
     if name not in known or not issubclass(known[name], kind):
         raise Unknown(expected, name)
-    return _decode(code, tensors, known)
+    part = _decode(code, tensors, known)
+    if not isinstance(part, kind):  # its class makes something else
+        raise Unknown(expected, name)
+    return part
+
+
+def _encode_part(name: str, part: Part, tensors: dict[str, Tensor]) -> dict[str, object]:
+    rows = {f: _encode(f"{name}.{f}", x, tensors) for f, x in fields(part).items()}
+    return {"class": qualified(type(part)), "fields": rows}
 
 
 def _encode(name: str, value: object, tensors: dict[str, Tensor]) -> object:
@@ -66,8 +74,7 @@ def _encode(name: str, value: object, tensors: dict[str, Tensor]) -> object:
     if type(value) is float:
         return {"float": repr(value)}
     if isinstance(value, Part):
-        rows = {f: _encode(f"{name}.{f}", x, tensors) for f, x in fields(value).items()}
-        return {"class": qualified(type(value)), "fields": rows}
+        return _encode_part(name, value, tensors)
     if isinstance(value, Tensor) and value.layout is torch.strided:
         tensors[name] = value
         return {"tensor": name}
@@ -76,7 +83,7 @@ def _encode(name: str, value: object, tensors: dict[str, Tensor]) -> object:
         return {"array": name}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
-    if type(value) in (tuple, list):
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
         return {type(value).__name__: [_encode(f"{name}.{k}", x, tensors) for k, x in enumerate(value)]}
     if type(value) is dict and all(type(key) is str for key in value):
         return {"dict": {key: _encode(f"{name}.{key}", x, tensors) for key, x in value.items()}}

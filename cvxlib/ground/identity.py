@@ -61,7 +61,7 @@ def own(value: Tensor | np.ndarray) -> Tensor | np.ndarray:
     return value.detach().clone() if isinstance(value, Tensor) else np.array(value)
 
 
-def qualified(kind: type | Callable) -> str:
+def qualified(kind: type | Callable[..., object]) -> str:
     """The name that tells a class from every other: module and qualified name, and for those of this package the latter alone.
 
     Where in the package a class lives may change without making it another.
@@ -128,7 +128,7 @@ def _digest(value: object, above: tuple[int, ...]) -> bytes:
     return state.digest()
 
 
-def _parts(value: object) -> tuple[str, list]:
+def _parts(value: object) -> tuple[str, list[object]]:
     """The name of what is made of parts, and the parts."""
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or ()]

@@ -40,7 +40,7 @@ class OneProcess:
         """The first process's tensors: replicated arithmetic may round differently elsewhere, and decisions must not differ."""
         return tensors
 
-    def held(self) -> AbstractContextManager:
+    def held(self) -> AbstractContextManager[None]:
         """A solve: Ctrl-C waits for the next :meth:`agree`, so that it stops every process at the same place."""
         return nullcontext()
 

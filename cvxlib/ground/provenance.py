@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -27,7 +28,7 @@ VERSION = _own_version()
 PACKAGES = ("cvxlib", "torch", "numpy", "cvxpy", "scikit-learn", "timm", "torchvision")
 
 
-def provenance(seed: int, device: torch.device | str = "cpu") -> dict:
+def provenance(seed: int, device: torch.device | str = "cpu") -> dict[str, object]:
     """The machine, the versions and the seed behind a result, ready for JSON.
 
     Args:
@@ -52,7 +53,7 @@ def provenance(seed: int, device: torch.device | str = "cpu") -> dict:
     }
 
 
-def write_json(path: str | Path, data: dict) -> Path:
+def write_json(path: str | Path, data: Mapping[str, object]) -> Path:
     """Write JSON to a temporary name beside ``path`` and rename it: a reader sees the old file or the new one, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -41,7 +42,7 @@ def is_there(path: str | os.PathLike) -> bool:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file beside ``path``, to be written to; it takes the place of ``path`` if the block ends without an error.
 
     A symbolic link stays, and the file that it points to is replaced. The file keeps its permissions, if it was there.
@@ -63,7 +64,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], header: dict) -> None:
+def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write tensors with a JSON header and a checksum over both.
 
     Raises:
@@ -81,8 +82,8 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], header: d
 
 
 def read_tensors(
-    path: Path, device: torch.device | str = "cpu", unchecked: Callable[[dict], bool] = lambda header: False
-) -> tuple[dict[str, Tensor], dict]:
+    path: Path, device: torch.device | str = "cpu", unchecked: Callable[[dict[str, Any]], bool] = lambda header: False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the header of a file.
 
     Args:

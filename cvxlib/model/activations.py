@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,13 @@ from cvxlib.model.stacked import exact_rows
 class Activation(Part, abc.ABC):
     """A set of P gates: a frozen value, equal to another of its class with equal fields."""
 
-    #: P, the number of gates
-    count: int
+    if TYPE_CHECKING:  # to be read alone: a subclass says it by an attribute, a field or a property
+
+        @property
+        @abc.abstractmethod
+        def count(self) -> int:
+            """P, the number of gates."""
+
     #: whether the gates are given; those of a ReLU follow from each u
     fixed: ClassVar[bool] = True
 

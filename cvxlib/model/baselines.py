@@ -36,7 +36,7 @@ class Baseline(nn.Module, abc.ABC):
 
     def weight_decay(self) -> Tensor:
         r"""The penalty :math:`\tfrac12 \|\theta\|^2` of all weights, to be multiplied by beta."""
-        return sum(weight.square().sum() for weight in self.parameters()) / 2
+        return sum((weight.square().sum() for weight in self.parameters()), torch.zeros(())) / 2
 
 
 class LinearHead(Baseline):

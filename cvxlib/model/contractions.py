@@ -32,12 +32,21 @@ class Contraction(abc.ABC):
 
     #: what it is called in a solution's account of its solver
     name: ClassVar[str]
-    #: number of rows
-    rows: int
-    #: floating point operations that the features of one head take
-    flops: float
-    #: bytes that one head's features need while they are computed
-    workspace: float
+
+    @property
+    @abc.abstractmethod
+    def rows(self) -> int:
+        """Number of rows."""
+
+    @property
+    @abc.abstractmethod
+    def flops(self) -> float:
+        """Floating point operations that the features of one head take."""
+
+    @property
+    @abc.abstractmethod
+    def workspace(self) -> float:
+        """Bytes that one head's features need while they are computed."""
 
     @abc.abstractmethod
     def features(self, u: Tensor, gate: Tensor) -> Tensor:

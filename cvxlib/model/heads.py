@@ -58,6 +58,8 @@ class Head(nn.Module):
         self.mixer, self.activation, self.pool = mixer, activation, pool
         self.u = nn.Parameter(u.detach().clone())
         self.v = nn.Parameter(v.detach().clone())
+        self.gate: Tensor
+        self.block: Tensor
         self.register_buffer("gate", gate.clone())
         self.register_buffer("block", block.clone())
 

@@ -34,7 +34,7 @@ class Mixer(Part, abc.ABC):
 
     outputs: int
     #: B, the number of independent heads side by side; block b sees ``split(tokens)[b]`` and writes outputs block b
-    blocks: ClassVar[int] = 1
+    blocks: int = 1
     #: ``"hidden"`` or ``"rows"``: which of the two does nothing but add products of entries, up to the sign of which the same of absolute
     #: values bounds its rounding; then bounds are rigorous. ``None``: not known, and bounds hold to rounding
     sums: ClassVar[str | None] = None
@@ -102,7 +102,10 @@ class Mixer(Part, abc.ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in dataclasses.fields(self):
+        declared: tuple[dataclasses.Field[object], ...] = (
+            dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        )
+        for field in declared:
             if field.type in (int, "int"):
                 positive_int(field.name, getattr(self, field.name))
         require(self.outputs % self.blocks == 0, "blocks", f"a divisor of outputs = {self.outputs}", f"{self.blocks}")

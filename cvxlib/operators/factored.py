@@ -96,11 +96,11 @@ class FactoredOperator:
         """(K, p, q) of the lifted blocks."""
         return len(self.gate), self.mixer.p, self.mixer.q
 
-    def _choose(self) -> tuple[Callable[[Tensor, int], Contraction], Contraction]:
+    def _choose(self) -> tuple[Callable[[Tensor, Tensor], Contraction], Contraction]:
         """The contraction that takes least time: how it is made, and that of one sample and block."""
         one, masks = self._seen(0, 1)[0]
         pooled = self._pooled(one, masks) if self.pooled else None
-        make, part = (self._hidden, self._hidden(one, masks)) if pooled is None else (self._pooled, pooled)
+        make, part = (self._hidden, self._hidden(one, masks)) if pooled is None else (self._shortcut, pooled)
         # only its shape counts; where it could not be kept it would have to be formed head by head in every pass
         shape = (self.gates.count, part.rows, self.mixer.width, self.mixer.p)
         design = Design(torch.empty(shape, dtype=self.dtype, device="meta"))
@@ -110,12 +110,13 @@ class FactoredOperator:
     def every_way(self) -> Iterator[FactoredOperator]:
         """The same operator by each contraction that the mixer has, whatever it takes."""
         one, masks = self._seen(0, 1)[0]
-        for make in (self._hidden, self._design, self._pooled if self.pooled else None):
-            part = make and make(one, masks)
-            if part is not None:
-                other = copy.copy(self)
-                other._make, other.path, other._parts = make, part.name, None
-                yield other
+        ways = [self._hidden, self._design]
+        if self.pooled and self._pooled(one, masks) is not None:
+            ways.append(self._shortcut)
+        for make in ways:
+            other = copy.copy(self)
+            other._make, other.path, other._parts = make, make(one, masks).name, None
+            yield other
 
     # the parts
 
@@ -133,6 +134,11 @@ class FactoredOperator:
         if not self.mixer.written_for_its_maps("pooled"):
             return None
         return self.mixer.pooled(seen, masks)
+
+    def _shortcut(self, seen: Tensor, masks: Tensor) -> Contraction:
+        """The mixer's own contraction, or the hidden matrices of samples for which it has none."""
+        part = self._pooled(seen, masks)
+        return self._hidden(seen, masks) if part is None else part
 
     def _design(self, seen: Tensor, masks: Tensor) -> Contraction:
         design = block_design(self.mixer, seen, masks, self.pooled)

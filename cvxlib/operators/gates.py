@@ -66,7 +66,8 @@ class Gates:
     def shape(self) -> tuple[int, int]:
         """(a, h) of a hidden matrix."""
         seen = self.mixer.split(self.tokens[:1])[0]
-        return tuple(self.mixer.hidden(seen, seen.new_zeros(1, *self.mixer.shape)).shape[2:])
+        _, _, a, h = self.mixer.hidden(seen, seen.new_zeros(1, *self.mixer.shape)).shape
+        return a, h
 
     @functools.cached_property
     def step(self) -> int:

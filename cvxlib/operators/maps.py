@@ -19,14 +19,28 @@ PRODUCTS = 2**18
 class BlockMap(abc.ABC):
     """The linear map of one of the mixer's blocks, from (K, p, q) to (rows, o): a matrix that acts alike on several columns."""
 
-    rows: int
-    #: (K, p, q)
-    shape: tuple[int, int, int]
-    #: (K p q / copies, copies) the matrix form of lifted blocks
-    columns: int
+    #: on how many columns it acts alike
     copies: int
-    #: operations of one product
-    flops: float
+
+    @property
+    @abc.abstractmethod
+    def rows(self) -> int:
+        """Number of predictions."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """(K, p, q) of the lifted blocks."""
+
+    @property
+    @abc.abstractmethod
+    def columns(self) -> int:
+        """K p q / copies: lifted blocks as a matrix are (columns, copies)."""
+
+    @property
+    @abc.abstractmethod
+    def flops(self) -> float:
+        """Operations of one product."""
 
     @abc.abstractmethod
     def forward(self, z: Tensor) -> Tensor:
@@ -156,7 +170,8 @@ class CoreMap(BlockMap):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return (*self.features.shape[1:3], self.right.shape[1])
+        _, k, r, _ = self.features.shape
+        return k, r, self.right.shape[1]
 
     @property
     def columns(self) -> int:
@@ -196,11 +211,13 @@ class BlockOperator:
         reduce: sums a tensor over the processes that hold samples.
     """
 
-    maps: tuple[BlockMap, ...]
-    reduce: OneProcess
-
     def __init__(self, maps: tuple[BlockMap, ...], reduce: OneProcess = ALONE) -> None:
-        self.maps, self.reduce = maps, reduce
+        self._maps, self.reduce = maps, reduce
+
+    @property
+    def maps(self) -> tuple[BlockMap, ...]:
+        """Of the mixer's blocks, in order."""
+        return self._maps
 
     def split(self, z: Tensor) -> tuple[Tensor, ...]:
         """Lifted blocks (K, p, q) by the mixer's blocks."""

@@ -22,8 +22,9 @@ class GraphProjection:
     def __init__(self, block: BlockMap, reduce: OneProcess) -> None:
         self.block, self.reduce = block, reduce
         # the smaller of the two Gram matrices carries the same information; only that of the columns is a sum over processes
-        self.wide = reduce.alone and isinstance(block, (DesignMap, MaskedMap)) and block.rows <= block.columns
-        self.gram = block.outer() if self.wide else reduce(block.gram())
+        outer = block.outer if reduce.alone and isinstance(block, (DesignMap, MaskedMap)) else None
+        self.wide = outer is not None and block.rows <= block.columns
+        self.gram = outer() if outer is not None and self.wide else reduce(block.gram())
 
     def set_ratio(self, ratio: float) -> None:
         """Factor for r, greater than 0; needed before the first projection."""

@@ -144,16 +144,17 @@ class Processes(OneProcess):
 
     def first(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, or the error that it makes instead, on every process."""
-        made: list[T | Exception | None] = [None]
+        made: list[tuple[T] | Exception] = [RuntimeError("no word from rank 0")]
         if self.rank == 0:
             try:
-                made = [make()]
+                made = [(make(),)]
             except (OSError, TypeError, ValueError) as error:
                 made = [error]
         self._together(lambda: distributed.broadcast_object_list(made))
-        if isinstance(made[0], Exception):
-            raise made[0]
-        return made[0]
+        outcome = made[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome[0]
 
     def agree(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Rank 0's tensors on every process, perhaps of other sizes than here but with the same number of axes.
@@ -231,11 +232,13 @@ class Processes(OneProcess):
         self._together(lambda: distributed.all_gather_object(every, mine))
         if failure is not None:
             raise failure
-        for rank, words in enumerate(every):
-            if isinstance(words, str):
-                raise ValueError(f"rank {rank} of {self.size}: {words}")
-        for argument, word in every[0].items():
-            for rank, words in enumerate(every):
+        told: list[Mapping[str, str]] = []
+        for rank, made in enumerate(every):
+            if isinstance(made, str):
+                raise ValueError(f"rank {rank} of {self.size}: {made}")
+            told.append(made)
+        for argument, word in told[0].items():
+            for rank, words in enumerate(told):
                 if words[argument] != word:
                     raise wrong_value(
                         argument, "the same on every process", f"{word} on rank 0 and {words[argument]} on rank {rank}"

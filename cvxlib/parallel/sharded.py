@@ -41,6 +41,8 @@ class ShardedProgram(ConvexProgram):
             arguments or others than the rest; for ReLU, whose sign patterns depend on all samples.
     """
 
+    reduce: Processes
+
     def __init__(
         self,
         mixer: Mixer,

@@ -104,11 +104,10 @@ class SpatialTask:
         """``count`` independent draws, the same for the same seed on every device."""
         count, d = positive_int("count", count), len(self.signal)
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-        like = {"generator": generator, "dtype": torch.float64}
         labels = torch.randint(0, 2, (count,), generator=generator).double() * 2 - 1
         lit = torch.randint(0, len(self.sets), (count,), generator=generator)
-        chance = torch.rand(count, self.patches, **like)
-        noise = self.sigma * torch.randn(count, self.patches, d, **like)
+        chance = torch.rand(count, self.patches, generator=generator, dtype=torch.float64)
+        noise = self.sigma * torch.randn(count, self.patches, d, generator=generator, dtype=torch.float64)
         others = (chance < self.q / 2).double() - (chance > 1 - self.q / 2).double()
         inside = self.membership.cpu() == lit.unsqueeze(1)
         signal = torch.where(inside, labels.unsqueeze(1), others)

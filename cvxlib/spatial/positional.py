@@ -2,7 +2,7 @@ r"""Positional attention in its simplest form: a score for each pair of position
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,8 @@ class PositionalModel(nn.Module):
         require(scores.shape[0] == scores.shape[1], "scores", "a square matrix", scores)
         require(positive_int("power", power) % 2 == 1, "power", "an odd number", f"{power}")
         self.nu, self.power = positive_float("nu", nu, zero=True), power
+        self.diagonal: Tensor
+        self.off: Tensor
         self.register_buffer("diagonal", scores.detach().diagonal().clone())
         self.register_buffer("off", 1 - torch.eye(len(scores), dtype=scores.dtype, device=scores.device))
         self.pairs = nn.Parameter(scores.detach() * self.off)
@@ -56,7 +58,8 @@ class PositionalModel(nn.Module):
         scale: float = 0.01,
         value_scale: float = 0.01,
         seed: int = 0,
-        **activation,
+        nu: float = 0.1,
+        power: int = 3,
     ) -> PositionalModel:
         r"""A model to be trained on a task: normal scores of standard deviation ``scale``, a normal v of ``value_scale``, and a fixed diagonal.
 
@@ -69,7 +72,7 @@ class PositionalModel(nn.Module):
         scores = scale * torch.randn(count, count, generator=generator, dtype=torch.float64)
         value = value_scale * torch.randn(d, generator=generator, dtype=torch.float64)
         scores.fill_diagonal_(diagonal)
-        return cls(scores.to(task.signal), value.to(task.signal), **activation)
+        return cls(scores.to(task.signal), value.to(task.signal), nu=nu, power=power)
 
     @property
     def scores(self) -> Tensor:
@@ -147,13 +150,13 @@ def train_positional(
     instance("task", task, SpatialTask, "a SpatialTask")
     instance("data", data, (SpatialSample, int), "a SpatialSample or a batch size")
     steps, every = positive_int("steps", steps), positive_int("every", every)
-    stream: Iterator[SpatialSample] | None = task.batches(data, seed + 1) if isinstance(data, int) else None
+    stream = task.batches(data, seed + 1) if isinstance(data, int) else itertools.repeat(data)
     test = task.sample(2000, 10_000 + seed) if test is None else test
     records: list[tuple[float, ...]] = []
-    weights = [model.value, model.pairs]
+    weights: list[Tensor] = [model.value, model.pairs]
     rates = [positive_float("lr_value", lr_value, zero=True), positive_float("lr_scores", lr_scores, zero=True)]
     for step in tqdm(range(steps + 1), desc="positional attention", disable=None if progress is None else not progress):
-        batch = next(stream) if stream is not None else data
+        batch = next(stream)
         loss = functional.softplus(-batch.labels * model(batch.tokens)).mean()
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(f"the loss is {float(loss.detach())} after {step} steps: use smaller step sizes")

@@ -86,7 +86,7 @@ def train_classifier(
     warmup: float = 0.05,
     label_smoothing: float = 0.0,
     augment: Augmentation | None = None,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     max_seconds: float | None = None,
     amp: bool = False,
     seed: int = 0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
@@ -153,10 +155,11 @@ class VisionTransformer(nn.Module):
             "'positional' for scores that depend on positions alone",
             self.attention,
         )
-        return torch.stack([block.attention.scores(self.positions) for block in self.blocks])[:, :, 1:, 1:]
+        layers = [layer for layer in self.modules() if isinstance(layer, PositionalAttention)]
+        return torch.stack([layer.scores(self.positions) for layer in layers])[:, :, 1:, 1:]
 
 
-def timm_layers():
+def timm_layers() -> ModuleType:
     """timm's layers, or one clear sentence."""
     with needs_extra("vision transformers", "vision"):
         import timm.layers

@@ -12,6 +12,7 @@ import itertools
 import numbers
 import pickle
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ ROUNDING = 1e-10
 #: certified relative gap of the battery's solves
 TOL = 1e-6
 GATES = 3
+
+T = TypeVar("T")
 
 
 #: ways to copy a mixer, as checkpoints of a training, worker processes and caches do
@@ -83,7 +86,7 @@ def check_sizes(mixer: Mixer, tokens: Tensor) -> None:
         f"shape must be a tuple of whole numbers of at least 1, the shape of one u, but is {shape!r}",
     )
     for name in ("width", "outputs", "blocks"):
-        size = _attempt(name, lambda name=name: getattr(mixer, name))
+        size = _attempt(name, functools.partial(getattr, mixer, name))
         _expect(_whole(size), f"{name} must be a whole number of at least 1, but is {size!r}")
     _expect(mixer.outputs % mixer.blocks == 0, f"blocks = {mixer.blocks} must divide outputs = {mixer.outputs}")
     parts = _attempt("split(tokens)", lambda: mixer.split(tokens))
@@ -388,7 +391,7 @@ def _expect(condition: bool, sentence: str) -> None:
         raise MixerError(sentence + ".")
 
 
-def _attempt(what: str, call: Callable[[], object]) -> object:
+def _attempt(what: str, call: Callable[[], T]) -> T:
     """The result of a call into the mixer; whatever it raises becomes a sentence."""
     try:
         return call()
@@ -422,7 +425,7 @@ def _form(value: object) -> str:
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

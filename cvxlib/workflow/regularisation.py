@@ -285,9 +285,7 @@ def _better(found: Solution, warm: Solution, tol: float) -> Solution:
     """A solution with the better of its own lower bound and that of another point of the same program."""
     best, other = found.certificate, warm.certificate
     if other.dual > best.dual:
-        best = dataclasses.replace(
-            best, dual=other.dual, dual_point=other.dual_point, assurance=other.assurance
-        )
+        best = dataclasses.replace(best, dual=other.dual, dual_point=other.dual_point, assurance=other.assurance)
     short = found.status in (Status.ITERATION_LIMIT, Status.STALLED) and best.relative_gap <= tol
     return dataclasses.replace(found, certificate=best, status=Status.CERTIFIED if short else found.status)
 
