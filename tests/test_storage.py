@@ -88,7 +88,6 @@ def test_a_solution_comes_back_and_can_be_audited(path, mixer, kind, loss, pool)
     assert back.certificate.primal == pytest.approx(solution.certificate.primal, rel=1e-12)
     assert back.certificate.dual == pytest.approx(solution.certificate.dual, rel=1e-12)
     assert back.certificate.dual <= solution.certificate.dual and back.objective >= solution.objective
-    torch.testing.assert_close(back.certificate.dual_point, solution.certificate.dual_point, rtol=1e-6, atol=1e-9)
     assert torch.equal(back.history, solution.history)
     assert torch.equal(back.lifted, solution.lifted)
     assert repr(back.program) == repr(solution.program)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cvxlib.geometry.cones import any_pattern_bound
-from cvxlib.geometry.norms import BlockConeNorm, BlockNuclearNorm
+from cvxlib.geometry.norms import BlockConeNorm, BlockNuclearNorm, spectral_above
 from cvxlib.ground.checks import instance, positive_float, require
 from cvxlib.ground.identity import own
 from cvxlib.ground.one_process import ALONE, OneProcess
@@ -314,15 +314,19 @@ class ConvexProgram:
         point = point.double()
         if self.activation.fixed:
             self.frozen.warn_if_close()
-        if self.why_not_rigorous is None:
-            above, distance = exact.loss.conjugate_above(point, exact.rows)
+        assurance = Assurance.RIGOROUS if self.why_not_rigorous is None else Assurance.ROUNDING
+        bounded = self.mixer.bounded_by is not None and (self.activation.fixed or self.enumerated)
+        conjugate = exact.loss.conjugate_above(point, exact.rows) if bounded else None
+        if conjugate is not None:
+            above, distance = conjugate
             at_zero, _ = exact.loss.conjugate_above(torch.zeros_like(point), exact.rows)
             value, zero = (mean_below(part, self.samples, self.reduce) for part in (above, at_zero))
-            norm = norm_above(*exact.factored.adjoint_within(point, distance), self.samples)
-            dual, factor = scaled_below(value, zero, norm, self.beta)
-            return Certificate(primal, dual, factor * point, dtype, Assurance.RIGOROUS)
+            adjoint, distances = exact.factored.adjoint_within(point, distance)
+            norms = spectral_above(adjoint) if self.activation.fixed else self.norm.dual(adjoint)
+            dual, factor = scaled_below(value, zero, norm_above(norms, distances, self.samples), self.beta)
+            return Certificate(primal, dual, factor * point, dtype, assurance)
         dual, point = exact.feasible_dual(exact.loss.to_domain(point, exact.rows), exact.dual_norm(point))
-        return Certificate(primal, dual, point, dtype, Assurance.ROUNDING)
+        return Certificate(primal, dual, point, dtype, assurance)
 
     @property
     def why_not_rigorous(self) -> str | None:

@@ -17,7 +17,6 @@ import math
 import torch
 from torch import Tensor
 
-from cvxlib.geometry.norms import spectral_above
 from cvxlib.ground.one_process import OneProcess
 
 EPS = torch.finfo(torch.float64).eps
@@ -42,6 +41,6 @@ def scaled_below(value: float, zero: float, norm: float, beta: float) -> tuple[f
     return max((below, s), (zero, 0.0))
 
 
-def norm_above(adjoint: Tensor, distance: Tensor, samples: int) -> float:
-    r"""A number that :math:`\max_k \|\tfrac1n A_k^* x\|_2` does not exceed, from the float adjoint (K, p, q) and its distances (K,)."""
-    return float((spectral_above(adjoint) + distance).max()) / samples * (1 + 8 * EPS)
+def norm_above(norms: Tensor, distances: Tensor, samples: int) -> float:
+    r"""A number that :math:`\max_k \|\tfrac1n A_k^* x\|` does not exceed, from bounds on the norms of float adjoints, and their distances (K,)."""
+    return float((norms + distances).max()) / samples * (1 + 8 * EPS)

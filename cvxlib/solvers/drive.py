@@ -197,6 +197,10 @@ class _Driver:
             factors, certificate = self.factors(), self.audit()
         if status in (Status.STALLED, Status.ITERATION_LIMIT) and certificate.relative_gap <= run.tol:
             status = Status.CERTIFIED
+        history = torch.tensor(run.history, dtype=torch.float64).reshape(-1, 3)
+        history[:, 2].clamp_(
+            max=certificate.dual
+        )  # bounds met on the way hold to rounding; none says more than what is proved
         return Solution(
             program=program,
             factors=factors,
@@ -204,7 +208,7 @@ class _Driver:
             status=self.method.status(status, certificate) if self.method else status,
             solver=self.method.words() if self.method and run.history else self.kind.title,
             evaluations=run.evaluations,
-            history=torch.tensor(run.history, dtype=torch.float64).reshape(-1, 3),
+            history=history,
         )
 
     def factors(self) -> Factors:

@@ -92,6 +92,7 @@ class Scaling:
         else:
             certificate = Certificate(square * found.primal, square * found.dual, point, found.dtype, found.assurance)
         history = solution.history * torch.tensor([1.0, square, square], dtype=torch.float64)
+        history[:, 2].clamp_(max=certificate.dual)
         return dataclasses.replace(solution, program=program, factors=factors, certificate=certificate, history=history)
 
 
