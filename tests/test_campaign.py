@@ -48,7 +48,7 @@ def test_a_dual_raised_by_a_billionth_is_found(kind):
     assert campaign(kind, 25, raised).tried["crossed"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "relu"])
+@pytest.mark.parametrize("kind", ["one-output", "attention", "mixers"])
 def test_a_spectral_norm_that_is_too_small_is_found(kind):
     def swollen(exact, certificate):
         return exact.float_bound(certificate.dual_point.double().numpy(), shrink=1 - 1e-4)
