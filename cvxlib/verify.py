@@ -192,7 +192,9 @@ def spectral_above(g):
     grow = 1 + 4 * (r * length + r * r + 16) * U  # of the norms and sums below
     away = (np.linalg.norm(v.T @ v - np.eye(r)) + 4 * r * r * U) * grow
     rest = (np.linalg.norm(inner - np.diag(np.diag(inner))) + 8 * r * r * U * frobenius) * grow
-    square = (np.abs(np.diag(inner)).max() + rest) * (1 + 8 * U) / (1 - away) + 2 * length * U * np.linalg.norm(g) ** 2 * grow
+    square = (np.abs(np.diag(inner)).max() + rest) * (1 + 8 * U) / (1 - away) + 2 * length * U * np.linalg.norm(
+        g
+    ) ** 2 * grow
     known = away < 0.5 and np.linalg.norm(v) ** 2 < 2 * r and math.isfinite(square)
     return math.ldexp((math.sqrt(square) + TINY) * (1 + 8 * U), shift) if known else math.inf
 
@@ -294,7 +296,11 @@ def prove(header, arrays, tokens, targets):
     form += f", {header['loss']}, pool {header['pool']}, beta {beta!r}"
     data = ", ".join(f"{key} {header['sha256'][key]}" for key in ("tokens", "targets"))
     first = f"PROVED: no head of this form ({form}) can have an objective below {bound!r} ({bound.hex()})"
-    return Proof(bound, claimed, f"{first}\nThe file says {claimed!r} ({header['level']}), recomputed {bound!r}; SHA-256 of {data}")
+    return Proof(
+        bound,
+        claimed,
+        f"{first}\nThe file says {claimed!r} ({header['level']}), recomputed {bound!r}; SHA-256 of {data}",
+    )
 
 
 def main(arguments):
