@@ -2,6 +2,7 @@ r"""Proof files: a certificate's lower bound with all that is needed to prove it
 
 A file is an uncompressed ``.npz``: a JSON header, the dual point, the gates' masks as bits, and tokens and targets or only their SHA-256.
 What it proves and how is said in :mod:`cvxlib.verify`, which reads it: ``python -m cvxlib.verify FILE [TOKENS TARGETS]``.
+It is imported only where it is used, so that this command finds it not imported already.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from cvxlib import verify
 from cvxlib.ground.checks import instance, require, wrong_value
 from cvxlib.ground.one_process import require_alone
 from cvxlib.ground.provenance import VERSION
@@ -25,6 +26,9 @@ from cvxlib.model.losses import CrossEntropy, SquaredLoss
 from cvxlib.operators.lifted import chunks
 from cvxlib.program.certificate import Certificate
 from cvxlib.program.program import ConvexProgram
+
+if TYPE_CHECKING:
+    from cvxlib import verify
 
 
 def save_certificate(
@@ -52,6 +56,8 @@ def save_certificate(
 
     Source: book, chapter "Certificates"; proof files and small checkers are the manner of VIPR (Cheung, Gleixner and Steffy 2017).
     """
+    from cvxlib import verify
+
     instance("program", program, ConvexProgram, "a ConvexProgram")
     instance("certificate", certificate, Certificate, "a Certificate")
     require_alone("program", program.reduce)
@@ -84,6 +90,8 @@ def save_certificate(
 
 def _require_known(program: ConvexProgram) -> None:
     """Raise the ``ValueError`` unless the checker knows the program's parts, which are of exactly these classes."""
+    from cvxlib import verify
+
     known = [getattr(mixers, name) for name in verify.FIELDS]
     for part, kinds, expected in (
         (program.mixer, known, "a mixer of this package: the checker knows no other"),
@@ -107,6 +115,8 @@ def _packed_masks(program: ConvexProgram) -> np.ndarray:
 
 def _header(program: ConvexProgram, certificate: Certificate, arrays: dict[str, np.ndarray]) -> dict:
     """What the file is about, in words and numbers, and a digest of them."""
+    from cvxlib import verify
+
     mixer = program.mixer
     header = {
         "format": verify.MARK,
