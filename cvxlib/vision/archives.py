@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterable
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -24,6 +25,7 @@ from cvxlib.ground.checks import wrong_value
 #: seconds without an answer, or without a byte, after which the network counts as absent
 TIMEOUT = 5.0
 _CHUNK = 1 << 16
+Member = TypeVar("Member", tarfile.TarInfo, zipfile.ZipInfo)
 _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
 
 
@@ -181,5 +183,5 @@ def _refuse(archive: Path, name: str, regular: bool) -> None:
         )
 
 
-def _progress(members: Iterable, archive: Path) -> Iterable:
+def _progress(members: Iterable[Member], archive: Path) -> Iterable[Member]:
     return tqdm(members, desc=f"unpacking {archive.name}", unit=" files", delay=1)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Backbone:
 
     name: str
     module: nn.Module = field(repr=False)
-    preprocessing: Mapping[str, object]
+    preprocessing: Mapping[str, Any]
     keep_prefix: bool = False
 
     @cached_property
@@ -47,7 +48,8 @@ class Backbone:
     @cached_property
     def shape(self) -> tuple[int, int]:
         """Tokens and features (s, d) of an image."""
-        return tuple(self.tokens(torch.zeros(1, *self.preprocessing["input_size"])).shape[1:])
+        _, s, d = self.tokens(torch.zeros(1, *self.preprocessing["input_size"])).shape
+        return s, d
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
@@ -64,7 +66,10 @@ class Backbone:
         """
         images = float_tensor("images", images, ("b", "3", "H", "W"))
         device = next(self.module.parameters()).device
-        features = self.module.forward_features(images.to(device, memory_format=torch.channels_last))
+        forward = self.module.forward_features
+        if not callable(forward):
+            raise wrong_value("name", "a model that has features", self.name)
+        features = forward(images.to(device, memory_format=torch.channels_last))
         d = self.module.num_features
         if isinstance(features, Tensor) and features.ndim == 3 and features.shape[2] == d:
             return features[:, getattr(self.module, "num_prefix_tokens", 0) - self.prefix :]
@@ -104,7 +109,7 @@ def backbone(
     name: str = OFFLINE_MODEL,
     *,
     pretrained: bool = True,
-    weights: str | os.PathLike | None = None,
+    weights: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
     crop: float | None = None,
     keep_prefix: bool = False,
@@ -140,7 +145,7 @@ def backbone(
         import timm
 
     config = configuration(name)
-    options = {}
+    options: dict[str, Any] = {}
     if image_size is not None:
         image_size = positive_int("image_size", image_size)
         if getattr(config, "fixed_input_size", False):
@@ -161,8 +166,8 @@ def backbone(
             size = "its own image size" if image_size is None else f"image_size={image_size}"
             reason = " ".join(str(error).split())
             raise wrong_value("weights", f"weights and sizes that fit {name} at {size}", reason[:200]) from error
-    module.pretrained_cfg.pop("state_dict", None)
-    module = module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    vars(module)["pretrained_cfg"].pop("state_dict", None)
+    module = module.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
     preprocessing = timm.data.resolve_model_data_config(module)
     if image_size is not None:
         preprocessing["input_size"] = (3, image_size, image_size)

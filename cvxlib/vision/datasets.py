@@ -35,8 +35,8 @@ class ImageSplit:
         fingerprint: hex digest of the data; other images or labels have another one.
     """
 
-    train: Dataset = field(repr=False)
-    test: Dataset = field(repr=False)
+    train: Dataset[tuple[Image, int]] = field(repr=False)
+    test: Dataset[tuple[Image, int]] = field(repr=False)
     classes: tuple[str, ...]
     fingerprint: str
 
@@ -128,7 +128,7 @@ def images(source: str | Path, *, cache: Path | None = None, download: bool = Tr
     return read_folder(extract(path, cache / "images"), origin=path)
 
 
-class PixelImages(Dataset):
+class PixelImages(Dataset["tuple[Image, int]"]):
     """Images held in memory.
 
     Args:
@@ -160,7 +160,11 @@ def read_cifar(archive: CifarArchive, path: Path) -> ImageSplit:
     """
     wanted = {*archive.train, archive.test, archive.names}
     with tarfile.open(path) as file:
-        members = {member.name: file.extractfile(member).read() for member in file if member.name in wanted}
+        members = {
+            member.name: part.read()
+            for member in file
+            if member.name in wanted and (part := file.extractfile(member)) is not None
+        }
     missing = sorted(wanted - set(members))
     require(not missing, str(path), "a CIFAR archive in its binary version", f"no member {', '.join(missing)}")
     classes = tuple(line for line in members[archive.names].decode().splitlines() if line)
@@ -174,7 +178,7 @@ def read_cifar(archive: CifarArchive, path: Path) -> ImageSplit:
 def _records(path: Path, names: tuple[str, ...], data: bytes, label_bytes: int, classes: int) -> PixelImages:
     size = label_bytes + 3 * 32 * 32
     where = f"{', '.join(names)} of {path}"
-    require(data and len(data) % size == 0, where, f"records of {size} bytes", f"{len(data)} bytes")
+    require(len(data) > 0 and len(data) % size == 0, where, f"records of {size} bytes", f"{len(data)} bytes")
     records = np.frombuffer(data, np.uint8).reshape(-1, size)
     labels = records[:, label_bytes - 1]
     require(labels.max() < classes, where, f"labels below {classes}", f"{labels.max()}")

@@ -7,16 +7,17 @@ import itertools
 import json
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cvxlib.ground.checks import instance, positive_int, require, wrong_value
+from cvxlib.ground.checks import instance, positive_int, require, wrong_type, wrong_value
 from cvxlib.ground.provenance import write_json
 from cvxlib.vision.backbones import Backbone
 from cvxlib.vision.datasets import ImageSplit, cache_folder
@@ -88,7 +89,7 @@ def extract_features(
     require(dtype in ("float16", "float32"), "dtype", "'float16' or 'float32'", dtype)
     batch, workers = positive_int("batch", batch), positive_int("workers", workers, least=0)
     cache = cache_folder() / "tokens" if cache is None else Path(cache)
-    found = []
+    found: list[np.ndarray] = []
     for part, count in (("train", train), ("test", test)):
         dataset = getattr(split, part)
         labels = _labels(dataset)
@@ -112,7 +113,8 @@ def extract_features(
                 store.append(backbone.tokens(inputs).cpu().numpy())
                 bar.update(len(inputs))
         found += [store.read(count), labels[order[:count]]]
-    return Features(*found, tuple(split.classes), backbone.prefix)
+    tokens, classes, test_tokens, test_classes = found
+    return Features(tokens, classes, test_tokens, test_classes, tuple(split.classes), backbone.prefix)
 
 
 def balanced_order(labels: Sequence[int] | np.ndarray, seed: int = 0) -> np.ndarray:
@@ -145,17 +147,24 @@ class TokenStore:
         shape: (n, s, d) of the full array.
     """
 
-    def __init__(self, cache: Path, key: dict, shape: tuple[int, int, int]) -> None:
+    def __init__(self, cache: Path, key: dict[str, Any], shape: tuple[int, int, int]) -> None:
         self.key, self.shape = json.loads(json.dumps(key)), shape
         digest = hashlib.sha256(json.dumps([FORMAT, key], sort_keys=True).encode()).hexdigest()
         self.folder = cache / f"{key['backbone']['name']}-{key['part']}-{digest[:16]}"
         self.blocks: list[list[int]] = []
-        self.array: np.ndarray | None = None
+        self._array: np.memmap[tuple[int, ...], np.dtype[np.floating]] | None = None
 
     @property
     def done(self) -> int:
         """Number of samples that are there."""
         return self.blocks[-1][0] if self.blocks else 0
+
+    @property
+    def array(self) -> np.memmap[tuple[int, ...], np.dtype[np.floating]]:
+        """The whole array; :meth:`open` finds it."""
+        if self._array is None:
+            raise RuntimeError("TokenStore: expected open(count) first; got a store that was not opened")
+        return self._array
 
     def open(self, count: int) -> None:
         """Find what is stored and whether its first ``count`` samples are sound; forget what comes after damage."""
@@ -163,7 +172,7 @@ class TokenStore:
         if state.exists():
             try:
                 self.blocks = self._read_state(state)
-                self.array = np.load(path, mmap_mode="r")
+                self._array = np.load(path, mmap_mode="r")
                 if (self.array.shape, self.array.dtype) != (self.shape, np.dtype(self.key["dtype"])):
                     raise ValueError("an array of another shape or type")
                 self._verify(count)
@@ -172,7 +181,7 @@ class TokenStore:
                 warnings.warn(f"{self.folder} is damaged ({error}): it is computed anew", stacklevel=3)
                 self.blocks = []
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.array = np.lib.format.open_memmap(path, "w+", self.key["dtype"], self.shape)
+        self._array = np.lib.format.open_memmap(path, "w+", self.key["dtype"], self.shape)
 
     def append(self, block: np.ndarray) -> None:
         """Store the next samples, (b, s, d); they count once their checksum is written."""
@@ -183,10 +192,10 @@ class TokenStore:
                 "dtype", "one that holds all tokens, such as 'float32'", f"{block.dtype}: infinite or NaN tokens"
             )
         if not self.array.flags.writeable:
-            self.array = np.load(self.folder / "tokens.npy", mmap_mode="r+")
+            self._array = np.load(self.folder / "tokens.npy", mmap_mode="r+")
         start, end = self.done, self.done + len(block)
         self.array[start:end] = block
-        self.blocks.append([end, zlib.crc32(block)])
+        self.blocks.append([end, zlib.crc32(block.data)])
         write_json(self.folder / "state.json", {"format": FORMAT, "key": self.key, "blocks": self.blocks})
 
     def read(self, count: int) -> np.ndarray:
@@ -210,7 +219,7 @@ class TokenStore:
         for k, (end, checksum) in enumerate(self.blocks):
             if start >= count:
                 return
-            if zlib.crc32(self.array[start:end]) != checksum:
+            if zlib.crc32(self.array[start:end].data) != checksum:
                 warnings.warn(
                     f"{self.folder} is damaged from sample {start} on: the rest is computed again", stacklevel=4
                 )
@@ -219,10 +228,12 @@ class TokenStore:
             start = end
 
 
-class _Images(Dataset):
+class _Images(Dataset[tuple[torch.Tensor, int]]):
     """Chosen images of a data set as the model's inputs, with their labels."""
 
-    def __init__(self, dataset: Dataset, indices: np.ndarray, transform: Callable[[object], torch.Tensor]) -> None:
+    def __init__(
+        self, dataset: Dataset[tuple[object, int]], indices: np.ndarray, transform: Callable[[object], torch.Tensor]
+    ) -> None:
         self.dataset, self.indices, self.transform = dataset, indices, transform
 
     def __len__(self) -> int:
@@ -233,9 +244,11 @@ class _Images(Dataset):
         return self.transform(image), label
 
 
-def _labels(dataset: Dataset) -> np.ndarray:
+def _labels(dataset: Dataset[tuple[object, int]]) -> np.ndarray:
     """The classes of all images: as the data set lists them (``targets`` or ``labels``), else from its items one by one."""
     for name in ("targets", "labels"):
         if (listed := getattr(dataset, name, None)) is not None:
             return np.asarray(listed, dtype=np.int64)
+    if not isinstance(dataset, Sized):
+        raise wrong_type("split", "data sets that list their labels, or have a length", dataset)
     return np.array([dataset[k][1] for k in range(len(dataset))], dtype=np.int64)

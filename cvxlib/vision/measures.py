@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from cvxlib.audit.certificates import predict
-from cvxlib.ground.checks import needs_extra
+from cvxlib.ground.checks import needs_extra, wrong_type
 from cvxlib.model.activations import ReLU
-from cvxlib.model.baselines import LinearHead
+from cvxlib.model.baselines import LinearHead, SoftmaxAttention
 from cvxlib.model.heads import Head
 
 #: singular values below this fraction of the largest do not count for the rank
@@ -50,5 +50,7 @@ def rank_of(network: nn.Module) -> int:
             found.append(torch.linalg.svdvals(left @ right.T))
         sizes = torch.cat(found) if found else torch.zeros(0)
     else:
+        if not isinstance(network, (Head, SoftmaxAttention)):
+            raise wrong_type("network", "a head of this package or a baseline", network)
         sizes = network.u.flatten(1).norm(dim=1) * network.v.flatten(1).norm(dim=1)
     return int((sizes > RANK_TOLERANCE * sizes.max()).sum()) if len(sizes) else 0

@@ -82,15 +82,15 @@ class Preparation:
         require(
             (reduce is None) == (dimensions is None), "dimensions", "a number with reduce, and only then", dimensions
         )
-        if reduce is not None:
+        if dimensions is not None:
             dimensions = positive_int("dimensions", dimensions)
             require(dimensions <= d, "dimensions", f"at most the tokens' {d} features", dimensions)
-        if reduce == "pca":
-            matrix, explained = _principal_components(features.tokens, dimensions, sample, seed)
-        if reduce == "average":
-            require(d % dimensions == 0, "dimensions", f"a divisor of the tokens' {d} features", dimensions)
-            group = d // dimensions
-            matrix = torch.eye(dimensions, dtype=torch.float64).repeat_interleave(group, 0) / group
+            if reduce == "pca":
+                matrix, explained = _principal_components(features.tokens, dimensions, sample, seed)
+            else:
+                require(d % dimensions == 0, "dimensions", f"a divisor of the tokens' {d} features", dimensions)
+                group = d // dimensions
+                matrix = torch.eye(dimensions, dtype=torch.float64).repeat_interleave(group, 0) / group
         mean, variance = _moments(features.tokens, matrix, progress)
         deviation = variance.sqrt() if standardise else torch.ones_like(mean)
         deviation[deviation == 0] = 1.0

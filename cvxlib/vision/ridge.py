@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def ridge(program: ConvexProgram, max_iterations: int = 20_000) -> tuple[LinearH
         value = float(program.loss.value(predictions, program.rows).mean()) + program.beta / 2 * float(w.square().sum())
         return value, mean.T @ program.loss.gradient(predictions, program.rows) / n + program.beta * w
 
-    def flat(x) -> tuple[float, object]:
+    def flat(x: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = objective(torch.from_numpy(x).to(mean).reshape(d, c))
         return value, gradient.flatten().cpu().numpy()
 

