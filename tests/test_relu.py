@@ -303,3 +303,35 @@ def test_without_stacked_data_there_is_an_upper_bound_only(monkeypatch):
     solution = cvxlib.solve(program)
     assert solution.status is Status.UPPER_BOUND and solution.certificate.dual == 0 < solution.objective
     assert solution.objective < program.data_loss(torch.zeros_like(targets))  # the training itself still works
+
+
+def one_neuron(program, u, v):
+    zero = torch.zeros(1, dtype=torch.long)
+    u, v = torch.tensor([u], dtype=torch.float64), torch.tensor([[[v]]], dtype=torch.float64)
+    return cvxlib.Head(program.mixer, program.activation, u, v, zero, zero)
+
+
+def test_no_bound_lies_above_a_head_where_one_feature_is_a_billion_times_the_other():
+    """Unix seconds beside a standard normal: what looks like rank one is not."""
+    rng = np.random.default_rng(0)
+    x = np.stack([1.7e9 + rng.uniform(0, 3e7, 50), rng.standard_normal(50)], 1)
+    targets = torch.tensor(np.maximum(x[:, 1:], 0))
+    program = cvxlib.ConvexProgram(
+        cvxlib.MLP(2, 1), cvxlib.ReLU(), cvxlib.SquaredLoss(), torch.tensor(x)[:, None], targets, beta=1e-3
+    )
+    solution = cvxlib.solve(program)
+    audit = cvxlib.certify(program, one_neuron(program, [0.0, 1.0], 1.0), solution.certificate.dual_point)
+    assert audit.primal == pytest.approx(0.001, rel=1e-9)
+    assert solution.certificate.dual <= audit.primal and audit.dual <= audit.primal
+
+
+def test_rows_that_are_parallel_but_for_rounding_are_one_hyperplane_and_the_bound_pays():
+    angle = torch.linspace(0, 3, 6, dtype=torch.float64)
+    arm = torch.stack([angle.sin(), angle.cos()], 1)
+    tokens = torch.cat([arm, 0.1 * (arm * 10) / 3, arm * (1 + 2**-50)]).unsqueeze(1)
+    program = cvxlib.ConvexProgram(
+        cvxlib.MLP(2, 1), cvxlib.ReLU(), cvxlib.SquaredLoss(), tokens, tokens[:, 0, :1].abs(), beta=0.01
+    )
+    solution = cvxlib.solve(program, tol=1e-5)
+    assert program.gates.count == 12 and solution.status is cvxlib.Status.EXACT
+    assert program._moved(solution.certificate.dual_point) > 0

@@ -21,6 +21,8 @@ from cvxlib.geometry import exact
 from cvxlib.geometry.nonnegative import least_squares
 from cvxlib.ground.checks import float_tensor, positive_int, require
 
+#: distance up to which directions may differ by the rounding of whoever made the data: a ReLU's bound then counts what was moved
+PARALLEL = 1e-13
 #: rows that are compared in exact arithmetic before the count of different ones is looked at
 STRIPE = 4096
 
@@ -68,29 +70,39 @@ class Hyperplanes:
     Args:
         rows: (R, p) stacked data, floating point numbers, or an object array of fractions.
         most: stop reading when there are more hyperplanes than this.
+        merge: take a row whose direction is within this distance of an earlier one's for parallel to it; :attr:`off` says what was moved.
     """
 
-    def __init__(self, rows: np.ndarray, most: float = math.inf) -> None:
+    def __init__(self, rows: np.ndarray, most: float = math.inf, merge: float = 0.0) -> None:
         self.dimension = rows.shape[1]
         #: rows of whole numbers that are proportional to one row each
         self.whole: list[exact.Vector] = []
-        seen: dict[exact.Vector, int] = {}
-        plane, side = [], []
+        #: of each direction met: its hyperplane, to which side it points, and by how much it was moved
+        seen: dict[exact.Vector, tuple[int, int, float]] = {}
+        normals: list[np.ndarray] = []
+        plane, side, off = [], [], []
         for start in range(0, len(rows), STRIPE):
             for row in exact.whole_numbers(rows[start : start + STRIPE]):
                 facing, sign = exact.facing(row)
                 if sign and facing not in seen:
-                    seen[facing] = len(self.whole)
-                    self.whole.append(facing)
-                plane.append(seen.get(facing, 0))
-                side.append(sign)
+                    unit = exact.unit(facing)
+                    seen[facing] = _nearest(unit, normals, merge) or (len(self.whole), 1, 0.0)
+                    if seen[facing][0] == len(self.whole):
+                        self.whole.append(facing)
+                        normals.append(unit)
+                index, flip, moved = seen.get(facing, (0, 1, 0.0))
+                plane.append(index)
+                side.append(sign * flip)
+                off.append(moved)
             if len(self.whole) > most:
                 break
         #: (R,) the hyperplane of each row, and to which of its sides the row points: -1 or 1, and 0 for a row of zeros
         self.plane, self.side = np.array(plane, dtype=int), np.array(side, dtype=int)
+        #: (R,) by how much, as a fraction of its length, a row was moved to be parallel to its hyperplane's normal
+        self.off = np.array(off, dtype=float)
         self.rank = len(exact.pivots(self.whole))
         #: (N, p) unit normals
-        self.normals = np.array([exact.unit(row) for row in self.whole]).reshape(-1, self.dimension)
+        self.normals = np.array(normals).reshape(-1, self.dimension)
 
     def __len__(self) -> int:
         return len(self.whole)
@@ -114,7 +126,7 @@ class Hyperplanes:
         return np.array(exact.signs(self.whole, whole), dtype=int)
 
 
-def enumerate_patterns(rows: Tensor | np.ndarray, limit: int = 20_000) -> Arrangement:
+def enumerate_patterns(rows: Tensor | np.ndarray, limit: int = 20_000, merge: float = 0.0) -> Arrangement:
     r"""All sign patterns of :math:`L u`, :math:`u \in \mathbb R^p`, found and counted in exact arithmetic.
 
     Hyperplanes are added one at a time; those before cut the new one into cones of one dimension less, each of which is where it cuts
@@ -123,6 +135,7 @@ def enumerate_patterns(rows: Tensor | np.ndarray, limit: int = 20_000) -> Arrang
     Args:
         rows: (R, p) stacked data; an object array of :class:`fractions.Fraction` where they are known without rounding.
         limit: stop when more patterns than this are found; some are then returned, with ``complete=False``.
+        merge: rows whose directions are within this distance are taken for parallel; by default none that are not.
 
     Returns:
         The arrangement; ``len(enumerate_patterns(rows)) == cover_count(N, r)`` for N rows in general position.
@@ -134,9 +147,8 @@ def enumerate_patterns(rows: Tensor | np.ndarray, limit: int = 20_000) -> Arrang
     """
     positive_int("limit", limit)
     matrix = _matrix(rows)
-    planes = Hyperplanes(
-        matrix, most=limit // 2 + 1
-    )  # N hyperplanes cut out at least 2 N cones, if they are more than one
+    # N hyperplanes cut out at least 2 N cones, if they are more than one
+    planes = Hyperplanes(matrix, limit // 2 + 1, merge)
     found = exact.cells(planes.whole, limit) if 2 * len(planes) <= max(limit, 2) else None
     if found is None:
         return sample_patterns(rows, 4 * limit)
@@ -196,6 +208,17 @@ def inner_point(cone: np.ndarray) -> np.ndarray | None:
     if size == 0 or (cone @ point).min() <= _rounding(cone.shape[1]) * size:
         return None
     return point / size
+
+
+def _nearest(unit: np.ndarray, normals: list[np.ndarray], merge: float) -> tuple[int, int, float] | None:
+    """The first of some unit vectors that another, or its negative, is within a distance of: its place, the sign, and the distance."""
+    if not normals or merge == 0:
+        return None
+    products = np.array(normals) @ unit
+    index = int(np.abs(products).argmax())
+    sign = 1 if products[index] > 0 else -1
+    distance = float(np.linalg.norm(unit - sign * normals[index])) + 16 * np.finfo(float).eps
+    return (index, sign, distance) if distance <= merge else None
 
 
 def _matrix(rows: Tensor | np.ndarray) -> np.ndarray:

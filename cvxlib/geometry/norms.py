@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvxlib.geometry.arrangements import Hyperplanes
+from cvxlib.geometry.arrangements import PARALLEL, Hyperplanes
 from cvxlib.geometry.cones import NODES, Bounds, dual_norm, facets, nuclear_norm
 from cvxlib.ground.checks import require
 
@@ -86,12 +86,16 @@ class BlockConeNorm:
     """
 
     def __init__(self, rows: list[np.ndarray], directions: Tensor, block: Tensor, nodes: int = NODES) -> None:
-        self._planes = [Hyperplanes(part) for part in rows]
+        self._planes = [Hyperplanes(part, merge=PARALLEL) for part in rows]
         self.block = block.tolist()
         self._directions = directions.detach().double().cpu().numpy()
         self._signs = [self._planes[b].signs_at(u) for b, u in zip(self.block, self._directions, strict=True)]
         self._cones: dict[int, np.ndarray] = {}
         self.nodes = nodes
+
+    def moved(self, b: int) -> np.ndarray:
+        """(R_b,) by how much, as a fraction of its length, a row of block b was moved where directions differ by rounding."""
+        return self._planes[b].off
 
     def cone(self, k: int) -> np.ndarray:
         """(f, p) the facets of the cone of lifted block k: unit rows of which none is implied by the others."""

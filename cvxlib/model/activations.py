@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from cvxlib.geometry.arrangements import enumerate_patterns
+from cvxlib.geometry.arrangements import PARALLEL, enumerate_patterns
 from cvxlib.ground.checks import FLOATS, instance, positive_int, require, wrong_type
 from cvxlib.ground.identity import Part, own
 from cvxlib.model.mixers import Mixer
@@ -180,7 +180,7 @@ class ReLU(Activation):
         """
         directions = []
         for seen in mixer.split(tokens):
-            found = enumerate_patterns(exact_rows(mixer, seen), self.limit)
+            found = enumerate_patterns(exact_rows(mixer, seen), self.limit, PARALLEL)
             expected = "a ReLU with few enough sign patterns on these tokens"
             require(found.complete, "activation", expected, f"more than {self.limit}")
             inner = found.directions.to(seen.device).unflatten(1, mixer.shape)

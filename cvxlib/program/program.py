@@ -322,11 +322,21 @@ class ConvexProgram:
             at_zero, _ = exact.loss.conjugate_above(torch.zeros_like(point), exact.rows)
             value, zero = (mean_below(part, self.samples, self.reduce) for part in (above, at_zero))
             adjoint, distances = exact.factored.adjoint_within(point, distance)
-            norms = spectral_above(adjoint) if self.activation.fixed else self.norm.dual(adjoint)
+            norms = spectral_above(adjoint) if self.activation.fixed else self.norm.dual(adjoint) + self._moved(point)
             dual, factor = scaled_below(value, zero, norm_above(norms, distances, self.samples), self.beta)
             return Certificate(primal, dual, factor * point, dtype, assurance)
         dual, point = exact.feasible_dual(exact.loss.to_domain(point, exact.rows), exact.dual_norm(point))
         return Certificate(primal, dual, point, dtype, assurance)
+
+    def _moved(self, point: Tensor) -> float:
+        r"""What a ReLU's unscaled dual norm can owe to rows that were taken for parallel: :math:`2 \sum_r \delta_r \|w_r\|`, once in the rows and once in G."""
+        dual, total = point.reshape(self.samples, -1, self.mixer.blocks, self.mixer.block_outputs), 0.0
+        for b, seen in enumerate(self.mixer.split(self.tokens.double())):
+            off = torch.as_tensor(self.norm.moved(b)).to(seen.device)
+            if bool((off > 0).any()):
+                rows, weights = lifted_rows(self.mixer, seen), lifted_weights(self.mixer, seen, dual[:, :, b])
+                total += 2 * float((off * rows.norm(dim=1) * weights.norm(dim=1)).sum()) * (1 + 1e-6)
+        return total
 
     @property
     def why_not_rigorous(self) -> str | None:

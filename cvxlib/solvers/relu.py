@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvxlib.geometry.arrangements import Hyperplanes, inner_point
+from cvxlib.geometry.arrangements import PARALLEL, Hyperplanes, inner_point
 from cvxlib.model.heads import Head
 from cvxlib.model.stacked import exact_rows
 from cvxlib.operators.lifted import block_design
@@ -133,7 +133,7 @@ class ColumnGeneration(Method):
     @functools.cached_property
     def planes(self) -> list[np.ndarray]:
         """For each block of the mixer the unit normals (N, p) of its hyperplanes."""
-        return [Hyperplanes(exact_rows(self.program.mixer, seen)).normals for seen in self.tokens]
+        return [Hyperplanes(exact_rows(self.program.mixer, seen), merge=PARALLEL).normals for seen in self.tokens]
 
     def polishable(self, m: int) -> bool:
         """Whether m neurons and their walls are few enough for Newton's method."""
