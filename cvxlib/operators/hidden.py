@@ -67,7 +67,8 @@ class HiddenMatrices(Contraction):
         weights = weights.unflatten(0, (n, -1)).transpose(1, 2)  # (n, m, a or 1, w)
         cotangent = weights @ self.mixer.values(self.tokens).mT.unsqueeze(1)
         cotangent = cotangent * self._masks(gate) / (hidden.shape[2] // weights.shape[2])
-        (out,) = torch.autograd.grad(hidden, u, cotangent.expand_as(hidden))
+        # written out: the derivative of the Fourier transform does not take a view with strides of 0 on torch 2.8
+        (out,) = torch.autograd.grad(hidden, u, cotangent.expand_as(hidden).contiguous())
         return out.flatten(1)
 
     def design(self, gate: int) -> Tensor:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from cvxlib.ground.checks import instance, require, wrong_value
 from cvxlib.ground.one_process import require_alone
@@ -102,12 +101,13 @@ def _require_known(program: ConvexProgram) -> None:
 
 
 def _packed_masks(program: ConvexProgram) -> np.ndarray:
-    """(B, P, n, bytes) the gates on the program's tokens, decided in float64, as bits."""
-    mixer, blocks = program.mixer, []
-    for b, seen in enumerate(mixer.split(program.tokens)):
-        parts = []
-        for part in chunks(mixer, seen, 9 * program.gates.count):
-            masks = program.gates.masks(mixer, part.double(), b)  # (n, P, a, h)
+    """(B, P, n, bytes) the gates that the program is about, as bits."""
+    blocks = []
+    for b, seen in enumerate(program.mixer.split(program.tokens)):
+        parts, start = [], 0
+        for part in chunks(program.mixer, seen, 9 * program.gates.count):
+            masks = program.frozen.masks(b, start, start + len(part))  # (n, P, a, h)
+            start += len(part)
             parts.append(np.packbits(masks.transpose(0, 1).flatten(2).cpu().numpy(), axis=2))
         blocks.append(np.concatenate(parts, 1))
     return np.stack(blocks)
@@ -127,7 +127,7 @@ def _header(program: ConvexProgram, certificate: Certificate, arrays: dict[str, 
         "pool": program.pool,
         "beta": float(program.beta).hex(),
         "bound": float(certificate.dual).hex(),
-        "level": "to rounding" if certificate.dtype == torch.float64 else "in single precision",
+        "level": certificate.assurance.name.lower(),
         "sha256": {name: verify.fingerprint(array) for name, array in arrays.items()},
     }
     return header | {"digest": hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()}
