@@ -19,7 +19,7 @@ from cvxlib.program.certificate import Factors
 from cvxlib.program.program import ConvexProgram
 from cvxlib.program.solution import Solution
 from cvxlib.solvers.cost import choose
-from cvxlib.solvers.drive import Method, drive
+from cvxlib.solvers.drive import Method, solve_by
 from cvxlib.solvers.proximal import Proximal
 from cvxlib.solvers.relu import ColumnGeneration
 from cvxlib.solvers.scaling import Scaling
@@ -49,7 +49,8 @@ def solve(
 
     .. math:: \frac{\text{primal} - \text{dual}}{\max(|\text{primal}|, |\text{dual}|)} \le \text{tol}
 
-    Ctrl-C ends the solve early with the best certified iterate and the status ``INTERRUPTED``; with a ``checkpoint`` a later call goes on.
+    Ctrl-C ends the solve early with the best certified iterate (Z = 0 while it still prepares) and the status ``INTERRUPTED``; with a
+    ``checkpoint`` a later call goes on.
 
     Args:
         program: what to solve.
@@ -59,7 +60,7 @@ def solve(
             ``"proximal"`` (first order, matrix products only); by default splitting or the staircase, by the operations and the memory
             that they are expected to take. ``"relu"`` (column generation over cones) is for ReLU, and only it.
         start: a solution of the same program, perhaps at another beta, to start from.
-        checkpoint: a file that the state of a long solve is written to, whole or not at all: after every round of the staircase, every
+        checkpoint: a file that the state of a long solve is written to, whole or not at all: after every step of the staircase, every
             half minute by the others, and at the end or on Ctrl-C. A solve that finds the file goes on from there. Not for ReLU.
         progress: show a bar; by default only on a terminal.
 
@@ -102,7 +103,7 @@ def solve(
     require(checkpoint is None or not cones, "checkpoint", "None for ReLU", str(checkpoint))
     exact = program.double() if cones else program  # cones are searched through in double precision only
     with program.reduce.held():
-        solution = drive(
+        solution = solve_by(
             SOLVERS[solver],
             exact,
             tol=tol,

@@ -74,7 +74,7 @@ class Checkpoint:
             run.point = tensors["z"]
         else:
             run.point = Factors(*(tensors[f"best.{name}"] for name in "uvk"))
-        run.dual_point = self.program.reduce.own(tensors["point"])
+        run.dual_point = self.program.reduce.own(tensors["point"]) if "point" in tensors else None
         run.history = [tuple(row) for row in numbers["history"]]
         _, run.primal, run.dual = run.history[-1]
         run.saved = saved
@@ -86,7 +86,9 @@ class Checkpoint:
             best = {"best.u": run.point.u, "best.v": run.point.v, "best.k": run.point.block}
         else:
             best = {"z": run.point}
-        tensors = tensors | best | {"point": self.program.reduce.gather(run.dual_point)}
+        tensors = tensors | best
+        if run.dual_point is not None:
+            tensors["point"] = self.program.reduce.gather(run.dual_point)
         if self.program.reduce.rank == 0:
             self.write(tensors, **numbers, dual=run.dual, evaluations=run.evaluations, history=run.history)
         self._last = time.monotonic()

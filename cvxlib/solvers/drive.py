@@ -1,7 +1,7 @@
 r"""The one loop behind every solver: a method only steps, and everything else is here.
 
 A :class:`Method` yields one :class:`Step` after another: a candidate with its objective, and residuals along which a feasible dual point may
-lie. :func:`drive` keeps the best candidate and the best bound, writes history, bar and checkpoint, and decides when to stop: at the
+lie. :func:`solve_by` keeps the best candidate and the best bound, writes history, bar and checkpoint, and decides when to stop: at the
 tolerance, confirmed by an audit in double precision; at the limit; where rounding allows no progress; or on Ctrl-C, whatever was going on.
 
 Source: the split into a driver and methods that step is that of optimistix (Rader, Lyons and Kidger 2024).
@@ -94,7 +94,7 @@ class Method(abc.ABC):
 
 
 @torch.no_grad()
-def drive(
+def solve_by(
     kind: type[Method],
     program: ConvexProgram,
     *,
