@@ -5,9 +5,10 @@ import pytest
 import torch
 
 import cvxlib
-from cvxlib.norms import BlockNuclearNorm
+from cvxlib.geometry.norms import BlockNuclearNorm
 from cvxlib.solvers import SOLVERS, drive
-from cvxlib.solvers.drive import Method, Step, solve_by
+from cvxlib.solvers.drive import Method, solve_by
+from cvxlib.solvers.run import Step
 
 LIFTED = ["splitting", "proximal"]
 SOLVER_NAMES = [*LIFTED, "staircase"]
