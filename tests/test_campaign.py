@@ -56,7 +56,7 @@ def test_a_spectral_norm_that_is_too_small_is_found(kind):
     assert campaign(kind, 40, swollen).tried["crossed"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "relu"])
+@pytest.mark.parametrize("kind", ["one-output", "attention", "mixers"])
 def test_bounds_with_room_to_spare_are_not_called_crossings(kind):
     def cautious(exact, certificate):
         bound = exact.float_bound(certificate.dual_point.double().numpy(), shrink=1 + 1e-6)
