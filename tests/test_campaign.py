@@ -22,7 +22,7 @@ from benchmarks.campaign.optima import optimum
 from tests import family
 
 #: cases of each kind in the short form
-SHORT = {"one-output": 120, "cross-entropy": 40, "attention": 60, "mixers": 30, "relu": 12}
+SHORT = {"one-output": 120, "cross-entropy": 40, "attention": 60, "mixers": 30, "relu": 10}
 
 
 def campaign(kind, cases, fault=None, seed=1):
@@ -35,7 +35,7 @@ def campaign(kind, cases, fault=None, seed=1):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_bound_lies_above_the_optimum(kind):
     tally = campaign(kind, SHORT[kind])
-    assert tally.tried.total() == SHORT[kind] and tally.bounds >= SHORT[kind] / 2
+    assert tally.tried.total() == SHORT[kind] and tally.bounds >= SHORT[kind]
     assert not tally.tried["crossed"] and not tally.tried["error"], tally.told
     assert all(gap < 1e-40 for gap in tally.gaps)
 
@@ -54,6 +54,17 @@ def test_a_spectral_norm_that_is_too_small_is_found(kind):
         return exact.float_bound(certificate.dual_point.double().numpy(), shrink=1 - 1e-4)
 
     assert campaign(kind, 40, swollen).tried["crossed"]
+
+
+@pytest.mark.parametrize("kind", ["one-output", "attention", "mixers"])
+def test_bounds_with_room_to_spare_are_not_called_crossings(kind):
+    def cautious(exact, certificate):
+        bound = exact.float_bound(certificate.dual_point.double().numpy(), shrink=1 + 1e-6)
+        return bound - 1e-11 * abs(bound)
+
+    found = campaign(kind, 25, cautious)
+    # a history holds bare numbers, which no fault changes
+    assert found.bounds and not [source for source in found.sources if "history" not in source]
 
 
 def test_a_relu_bound_above_a_head_is_found():

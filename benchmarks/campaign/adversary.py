@@ -108,6 +108,8 @@ def _group_lasso(exact: ExactProgram, features: np.ndarray, weights: np.ndarray,
     beta, n, smooth = exact.program.beta, exact.n, 1.0 if exact.squared else 0.5
     curvature = np.array([smooth * np.linalg.norm(f, 2) ** 2 / n for f in features])
     usable = (curvature > 0) & np.isfinite(curvature)
+    if not weights.any():
+        weights = _best_alone(exact, features, curvature, usable)
     predictions = np.einsum("jrw,jwc->rc", features, weights)
     for sweep in range(sweeps):
         for j in np.flatnonzero(usable if sweep % 10 == 0 else usable & weights.any((1, 2))):
@@ -118,6 +120,20 @@ def _group_lasso(exact: ExactProgram, features: np.ndarray, weights: np.ndarray,
             if (new != old).any():
                 predictions = predictions + features[j] @ (new - old)
                 weights[j] = new
+    return weights
+
+
+def _best_alone(exact: ExactProgram, features: np.ndarray, curvature: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """Weights of the one neuron that lowers the objective's quadratic bound at 0 most: for squared loss and w = 1 the best one alone."""
+    weights = np.zeros((*features.shape[::2], exact.mixer.outputs))
+    gradient = _gradient(exact, np.zeros((len(exact.targets), exact.mixer.outputs))) / exact.n
+    pull = -np.einsum("jrw,rc->jwc", features, gradient)
+    length = np.sqrt((pull**2).sum((1, 2)))
+    excess = np.where(usable, np.maximum(length - exact.program.beta, 0), 0)
+    safe = np.where(usable, curvature, 1.0)
+    j = int(np.argmax(excess / np.sqrt(safe)))
+    if excess[j] > 0:
+        weights[j] = pull[j] * (excess[j] / length[j] / safe[j])
     return weights
 
 

@@ -182,6 +182,10 @@ class ExactProgram:
             point: (rows, c).
             shrink: a factor on the spectral norm; below 1 it plants a fault.
         """
+        if not self.squared:
+            corner = np.eye(self.mixer.outputs)[self.targets]
+            probabilities = np.maximum(point + corner, 0)
+            point = probabilities / probabilities.sum(1, keepdims=True) - corner
         spectral = shrink * max(spectral_norm(gradient) for gradient in self.float_adjoint(point))
         if not np.isfinite(spectral):
             return -np.inf
@@ -191,7 +195,6 @@ class ExactProgram:
                 square, cross = float((point * point).sum()), float((point * self.targets).sum())
                 step = min(max(-cross / square, 0.0), limit) if square > 0 else 0.0
                 return -step * (step * square / 2 + cross) / self.n
-            corner = np.eye(self.mixer.outputs)[self.targets]
             steps = min(limit, 1.0) * np.array([0.0, 0.5, 0.9, 0.99, 1.0])
             probabilities = np.maximum(steps[:, None, None] * point + corner, 0)
             return (
