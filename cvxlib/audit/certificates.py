@@ -29,7 +29,8 @@ def certify(
     .. math:: \text{dual}(\rho) \;\le\; p^\star \;\le\;
         \frac1n\sum_i \ell(f(X_i), y_i) + \frac\beta2\sum_j \big(\|u_j\|^2 + \|V_j\|_F^2\big)
 
-    The dual point is the head's own residual, scaled to feasibility; near the optimum the bound it gives is tight. A point from
+    The dual point is the head's own residual, scaled to feasibility: a true bound, but a wide one (the gap is of the order of the square root
+    of the head's excess). A point from
     elsewhere (``solution.certificate.dual_point``) may be offered as well, is checked in the same way, and the better bound counts.
 
     Args:

@@ -146,8 +146,8 @@ def attention_weights(
         Y: (..., s, d) tokens.
         W: (d, k) weights of queries, and of keys unless these are given.
         reweighted: False leaves the weights :math:`\beta` out: the softmax of everyday transformers.
-        sink: one is added to every denominator, :math:`S = (D + I)^{-1} A`: a sink that attracts weight and passes nothing on.
-            It needs ``reweighted=True`` and no ``keys``.
+        sink: one is added to every row sum of the kernel, :math:`S = (D + I)^{-1} A`, so that rows pass less than all weight on. In the
+            softmax the added term is :math:`e^{\|z_i\|^2 / 2}`, another for each query, and not a key with a fixed vector. It needs ``reweighted=True`` and no ``keys``.
         keys: (d, k) other weights for the keys; the scores :math:`Y W K^\top Y^\top` are then asymmetric.
 
     Returns:
@@ -186,7 +186,7 @@ def attention_step(
       raises E_1 for any step in (0, 2).
     - The step without a sink, :math:`S = D^{-1}A`, is the one with :math:`P = D` and the matrix :math:`D - A` of the pairs alone:
       for a step in (0, 2) it never raises :func:`pair_energy`. E_1 falls too, for a step in (0, 1], where tokens in denser
-      surroundings have smaller norms, as in a cloud around the origin; it can rise for tokens far from the origin.
+      surroundings have smaller norms; it can rise where a crowd lies farther out than a straggler.
     - ``reweighted=False`` lets tokens of large norm attract more weight; E_1 then rises at unit scale.
 
     Args:

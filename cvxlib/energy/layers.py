@@ -17,10 +17,10 @@ from cvxlib.ground.checks import positive_float, positive_int, require, wrong_ty
 def matched_step(
     Y: Tensor, attention: Tensor, feedforward: Tensor, B: Tensor, step: float = 1.0, nonnegative: bool = False
 ) -> Tensor:
-    r"""One step on the total energy :math:`E = E_1 + E_2` that never raises it, for any step in (0, 2).
+    r"""One step on the total energy :math:`E = E_1 + E_2` that never raises it, for any step in (0, 2); with ``nonnegative`` from Y >= 0.
 
     .. math:: &Y \leftarrow \Pi\bigl(Y - \alpha P^{-1} (\nabla E_1(Y) + \nabla E_2(Y))\bigr), \\
-        &P = \|W_a\|_2^2\,(D + I) + \lambda_{\max}\bigl(I + \tfrac12(W_f + W_f^\top)\bigr) I
+        &P = \|W_a\|_2^2\,(D + I) + \max\bigl(1, \lambda_{\max}\bigl(I + \tfrac12(W_f + W_f^\top)\bigr)\bigr) I
 
     P bounds the curvature of the separable majoriser of E_1 plus that of E_2, token by token. Attention and feed-forward act side by
     side on the same tokens, with one preconditioner for both and the value projection :math:`W_a W_a^\top`.

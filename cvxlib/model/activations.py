@@ -173,7 +173,10 @@ class ReLU(Activation):
         return hidden.relu()
 
     def gates(self, mixer: Mixer, tokens: Tensor) -> GatedReLU:
-        """Gated ReLU with one direction inside every cone that tokens (n, s, d) allow: all sign patterns.
+        """Gated ReLU with one direction inside every open cone that tokens (n, s, d) allow.
+
+        Patterns that occur only on a hyperplane of the data (that of u = 0, say) are not among them: a ReLU does not need them, while a
+        gated network may do better with such a gate.
 
         Raises:
             ValueError: there are more patterns than ``limit``.
