@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -28,7 +29,16 @@ VERSION = _own_version()
 PACKAGES = ("cvxlib", "torch", "numpy", "cvxpy", "scikit-learn", "timm", "torchvision")
 
 
-def provenance(seed: int, device: torch.device | str = "cpu") -> dict[str, object]:
+class Provenance(TypedDict):
+    """Where a result came from, ready for JSON."""
+
+    machine: str
+    system: str
+    versions: dict[str, str]
+    seed: int
+
+
+def provenance(seed: int, device: torch.device | str = "cpu") -> Provenance:
     """The machine, the versions and the seed behind a result, ready for JSON.
 
     Args:
