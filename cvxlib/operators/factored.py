@@ -7,6 +7,7 @@ a line they are a quadratic polynomial of the step, whose coefficients cost one 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -255,7 +256,12 @@ class FactoredOperator:
         roundings = (samples + a + h + p + w + 32) * torch.finfo(dual.dtype).eps / 2
         gamma = roundings / (1 - roundings)
         near = absolute.adjoint(gamma * dual.abs() + (1 + gamma) * distance)
-        return signed.adjoint(dual), frobenius(near) * (1 + 4 * gamma)
+        # a product that underflows loses at most the smallest number, times what it is multiplied by afterwards
+        size = max(1.0, float(self.tokens.abs().max()))
+        largest = size * size * max(1.0, float(dual.abs().max()))
+        products = 8.0 * len(self.tokens) * a * h * (p + w) * (p * w * dual.shape[1]) ** 0.5
+        lost = self.reduce(dual.new_tensor([products * largest * math.ulp(0.0)]))
+        return signed.adjoint(dual), frobenius(near) * (1 + 4 * gamma) + lost
 
     def core(self, left: Tensor, right: Tensor, k: Tensor) -> BlockOperator:
         r"""The operator restricted to :math:`Z_k = P_k C_k Q_k^\top`, for left P (K', p, R) and right Q (K', q, R') of the ascending blocks k (K',)."""
